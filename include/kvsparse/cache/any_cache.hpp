@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// A cache whose policy and storage type are chosen by name at run time: one virtual call for each layer and step,
+// nothing per page. Not part of the umbrella header: it instantiates every policy of the name table for every storage
+// type.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../policy/dense.hpp"
+#include "../policy/h2o.hpp"
+#include "../policy/options.hpp"
+#include "../policy/oracle.hpp"
+#include "../policy/quest.hpp"
+#include "../policy/raas.hpp"
+#include "../policy/random.hpp"
+#include "../policy/streaming_llm.hpp"
+#include "attend.hpp"
+
+namespace kvsparse {
+
+template <class... Policies>
+struct PolicyList {};
+
+/// The name table: a new policy is one more name here. "a+b" composes every evictor a with every selector b of it.
+using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Random, Oracle>;
+
+namespace detail {
+
+/// Calls visit.template operator()<Policy>() for every policy of the table, then for every composition.
+template <class Visit, class... Policies>
+void visit_policies(PolicyList<Policies...>, Visit&& visit) {
+  (visit.template operator()<Policies>(), ...);
+  const auto compose_with = [&]<class Evict>() {
+    const auto pair = [&]<class Select>() {
+      if constexpr (Evictor<Evict> && Selector<Select> && !Evictor<Select>) {
+        visit.template operator()<Compose<Evict, Select>>();
+      }
+    };
+    (pair.template operator()<Policies>(), ...);
+  };
+  (compose_with.template operator()<Policies>(), ...);
+}
+
+}  // namespace detail
+
+/// Names of the table, compositions included.
+inline std::vector<std::string> policy_names() {
+  std::vector<std::string> names;
+  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() { names.emplace_back(Policy::name); });
+  return names;
+}
+
+/// What a caller may want to know of a named policy before it configures a cache.
+struct PolicyFacts {
+  bool evicts = false;   ///< budget_tokens caps residency; without it the policy keeps max_tokens
+  bool selects = false;  ///< read_budget_tokens caps reads
+  std::vector<std::string> option_keys;
+};
+
+inline ScalarType scalar_type(std::string_view name) {
+  for (std::size_t i = 0; i < std::size(scalar_type_names); ++i) {
+    if (scalar_type_names[i] == name) return static_cast<ScalarType>(i);
+  }
+  KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16"));
+}
+
+namespace detail {
+
+inline std::string unknown_policy(std::string_view name) {
+  std::string sentence = "unknown policy " + std::string(name) + "; known are ";
+  for (const std::string& known : policy_names()) sentence += known + (known == policy_names().back() ? "" : ", ");
+  return sentence;
+}
+
+}  // namespace detail
+
+/// Throws ConfigError, listing the known names, if there is no such policy.
+inline PolicyFacts policy_facts(std::string_view name) {
+  std::optional<PolicyFacts> facts;
+  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
+    if (Policy::name == name) facts = PolicyFacts{Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
+  });
+  if (!facts) KVSPARSE_THROW(ConfigError(detail::unknown_policy(name)));
+  return *facts;
+}
+
+/// Value semantics; copying copies pages and policy state. Verbs and errors are those of PagedKvCache and attend.
+class AnyCache {
+ public:
+  /// Throws ConfigError: unknown policy or option (the known ones are listed), bad option value, bad configuration.
+  /// A preset among the settings is applied before the other settings.
+  AnyCache(std::string_view policy, ScalarType scalar, const CacheConfig& config,
+           std::span<const OptionSetting> settings = {}) {
+    detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
+      if (Policy::name == policy) cache_ = make<Policy>(scalar, config, settings);
+    });
+    if (cache_ == nullptr) KVSPARSE_THROW(ConfigError(detail::unknown_policy(policy)));
+  }
+  AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
+  AnyCache& operator=(const AnyCache& other) {
+    cache_ = other.cache_->clone();
+    return *this;
+  }
+  AnyCache(AnyCache&&) noexcept = default;
+  AnyCache& operator=(AnyCache&&) noexcept = default;
+
+  std::string_view policy_name() const { return cache_->policy_name(); }
+  const CacheConfig& config() const { return cache_->config(); }
+  Position next_position() const { return cache_->next_position(); }
+
+  Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept { return cache_->append(k, v); }
+  Status append(std::span<const float> k, std::span<const float> v) noexcept { return cache_->append_flat(k, v); }
+  Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept {
+    return cache_->append_prompt(k, v);
+  }
+  Status append_prompt(std::span<const float> k, std::span<const float> v) noexcept {
+    return cache_->append_prompt_flat(k, v);
+  }
+  void end_prompt() noexcept { cache_->end_prompt(); }
+  void clear() noexcept { cache_->clear(); }
+
+  Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp = {}) noexcept {
+    return cache_->attend(q, out, log_sum_exp);
+  }
+  Status attend(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp = {}) noexcept {
+    return cache_->attend_flat(q, out, log_sum_exp);
+  }
+  Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept {
+    return cache_->attend_prompt(q, out);
+  }
+
+  CacheStats stats() const { return cache_->stats(); }
+  std::vector<Position> resident_positions(std::size_t kv_head) const { return cache_->resident_positions(kv_head); }
+  std::vector<Position> read_positions(std::size_t kv_head) const { return cache_->read_positions(kv_head); }
+
+ private:
+  struct Interface {
+    virtual ~Interface() = default;
+    virtual std::unique_ptr<Interface> clone() const = 0;
+    virtual std::string_view policy_name() const = 0;
+    virtual const CacheConfig& config() const = 0;
+    virtual Position next_position() const = 0;
+    virtual Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept = 0;
+    virtual Status append_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
+    virtual Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
+    virtual Status append_prompt_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
+    virtual void end_prompt() noexcept = 0;
+    virtual void clear() noexcept = 0;
+    virtual Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) noexcept = 0;
+    virtual Status attend_flat(std::span<const float> q, std::span<float> out,
+                               std::span<float> log_sum_exp) noexcept = 0;
+    virtual Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept = 0;
+    virtual CacheStats stats() const = 0;
+    virtual std::vector<Position> resident_positions(std::size_t kv_head) const = 0;
+    virtual std::vector<Position> read_positions(std::size_t kv_head) const = 0;
+  };
+
+  template <class Policy, class Scalar>
+  struct Model final : Interface {
+    Model(const CacheConfig& config, const Policy& policy) : cache(config, policy) {}
+    std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(*this); }
+    std::string_view policy_name() const override { return Policy::name; }
+    const CacheConfig& config() const override { return cache.config(); }
+    Position next_position() const override { return cache.next_position(); }
+    Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept override { return cache.append(k, v); }
+    Status append_flat(std::span<const float> k, std::span<const float> v) noexcept override {
+      return cache.append(k, v);
+    }
+    Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept override {
+      return cache.append_prompt(k, v);
+    }
+    Status append_prompt_flat(std::span<const float> k, std::span<const float> v) noexcept override {
+      return cache.append_prompt(k, v);
+    }
+    void end_prompt() noexcept override { cache.end_prompt(); }
+    void clear() noexcept override { cache.clear(); }
+    Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) noexcept override {
+      return kvsparse::attend(cache, q, out, log_sum_exp);
+    }
+    Status attend_flat(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp) noexcept override {
+      return kvsparse::attend(cache, q, out, log_sum_exp);
+    }
+    Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept override {
+      return kvsparse::attend_prompt(cache, q, out);
+    }
+    CacheStats stats() const override { return cache.stats(); }
+    std::vector<Position> resident_positions(std::size_t kv_head) const override {
+      return cache.resident_positions(kv_head);
+    }
+    std::vector<Position> read_positions(std::size_t kv_head) const override { return cache.read_positions(kv_head); }
+    PagedKvCache<Policy, Scalar> cache;
+  };
+
+  template <class Policy>
+  static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config,
+                                         std::span<const OptionSetting> settings) {
+    Policy policy;
+    for (const bool presets : {true, false}) {
+      for (const OptionSetting& setting : settings) {
+        if ((setting.key == "preset") == presets && !set_option(policy, setting)) {
+          std::string known;
+          for (const std::string& key : option_keys<Policy>()) known += (known.empty() ? "" : ", ") + key;
+          KVSPARSE_THROW(ConfigError("policy " + std::string(Policy::name) + " has no option " + setting.key +
+                                     "; it has " + (known.empty() ? "none" : known)));
+        }
+      }
+    }
+    switch (scalar) {
+      case ScalarType::f32: return std::make_unique<Model<Policy, float>>(config, policy);
+      case ScalarType::f16: return std::make_unique<Model<Policy, Half>>(config, policy);
+      case ScalarType::bf16: return std::make_unique<Model<Policy, Bfloat16>>(config, policy);
+    }
+    return nullptr;
+  }
+
+  std::unique_ptr<Interface> cache_;
+};
+
+}  // namespace kvsparse

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// How large a cache is, what it does with a long prompt, and what it reports.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "../attention/page_kernel.hpp"
+#include "../core/geometry.hpp"
+#include "../core/status.hpp"
+#include "../policy/policy.hpp"
+
+namespace kvsparse {
+
+/// What happens when a pinned prompt leaves no page to decode in.
+enum class PromptOverflow {
+  error,         ///< append_prompt refuses the chunk, changing nothing
+  grow,          ///< the budget becomes the prompt's pages plus min_decode_tokens; needs max_prompt_tokens
+  unpin_middle,  ///< prompt pages lose their pin from the middle outwards, the first page last
+};
+
+/// One layer of one sequence. Token counts are per kv head.
+struct CacheConfig {
+  std::size_t query_heads = 1;
+  std::size_t kv_heads = 1;
+  std::size_t head_dim = 0;
+  std::size_t page_size = 16;
+  /// Evicting policies: cap on resident tokens, prompt included, in whole pages (rounded down).
+  std::size_t budget_tokens = 0;
+  /// Selecting policies: cap on tokens read by a query, in whole pages; 0 means budget_tokens.
+  std::size_t read_budget_tokens = 0;
+  /// Policies that keep everything: tokens there is room for.
+  std::size_t max_tokens = 0;
+  PromptOverflow prompt_overflow = PromptOverflow::error;
+  std::size_t max_prompt_tokens = 0;  ///< for PromptOverflow::grow
+  std::size_t min_decode_tokens = 0;  ///< room kept for decoding beside a long prompt; 0 means one page
+  std::size_t layer = 0;              ///< this cache's layer: keeps the random numbers of layers apart
+  float softmax_scale = 0.0F;         ///< 0 means 1 / sqrt(head_dim)
+  double rope_theta = 0.0;            ///< base of the rotary embedding; only selections that rotate queries need it
+
+  Geometry geometry() const { return {query_heads, kv_heads, head_dim, page_size}; }
+};
+
+/// Counters since construction or the last clear().
+struct CacheStats {
+  std::size_t tokens = 0;           ///< appended so far: the sequence's length
+  std::size_t resident_tokens = 0;  ///< largest over the kv heads
+  std::size_t peak_resident_tokens = 0;
+  std::size_t resident_bytes = 0;  ///< pages, summaries and policy state of the resident pages, all kv heads
+  std::size_t peak_resident_bytes = 0;
+  std::size_t evicted_tokens = 0;       ///< summed over kv heads, as the two below
+  std::size_t last_read_tokens = 0;     ///< by the latest attend
+  std::size_t last_skipped_tokens = 0;  ///< resident but not read by the latest attend
+  /// Share of the evictable pages that an evictor which judges pages (RaaS) found used, over all steps; NaN if none
+  /// judged. Near 1 the policy has degenerated into first-in first-out, near 0 into one that has no evidence.
+  double used_page_share = std::numeric_limits<double>::quiet_NaN();
+};
+
+namespace detail {
+
+/// A validated configuration: what the container allocates and enforces.
+struct CachePlan {
+  Geometry geometry;
+  std::size_t page_capacity = 0;  // resident pages of a head
+  std::size_t read_pages = 0;
+  std::size_t sink_pages = 0;    // pinned from the start, prompt or not
+  std::size_t decode_pages = 1;  // kept free of pins
+  float scale = 1.0F;
+};
+
+inline std::string quoted(std::size_t value) { return std::to_string(value); }
+
+[[noreturn]] inline void refuse(const std::string& sentence) { KVSPARSE_THROW(ConfigError(sentence)); }
+
+/// Throws ConfigError with a sentence that names the value and the limit.
+template <class Policy>
+CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
+  const std::string name(Policy::name);
+  if (config.head_dim == 0) refuse("head_dim is 0; it must be at least 1");
+  if (config.query_heads == 0) refuse("query_heads is 0; it must be at least 1");
+  if (config.kv_heads == 0) refuse("kv_heads is 0; it must be at least 1");
+  if (config.query_heads % config.kv_heads != 0) {
+    refuse("kv_heads = " + quoted(config.kv_heads) + " does not divide query_heads = " + quoted(config.query_heads));
+  }
+  if (config.page_size == 0 || config.page_size > max_page_size) {
+    refuse("page_size = " + quoted(config.page_size) + " is not in 1 .. " + quoted(max_page_size));
+  }
+  constexpr std::size_t largest = std::size_t{1} << 40;
+  for (const std::size_t value : {config.query_heads, config.head_dim, config.budget_tokens, config.read_budget_tokens,
+                                  config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens}) {
+    if (value > largest) refuse("a configured size of " + quoted(value) + " exceeds 2^40");
+  }
+  if (!std::isfinite(config.softmax_scale) || !std::isfinite(config.rope_theta)) {
+    refuse("softmax_scale and rope_theta must be finite");
+  }
+  if (const std::string problem = traits::options_problem(policy); !problem.empty()) {
+    refuse("policy " + name + ": " + problem);
+  }
+  if constexpr (requires {
+                  { policy.summaries_agree() } -> std::same_as<bool>;
+                }) {
+    if (!policy.summaries_agree()) refuse("policy " + name + ": its two parts need different page summaries");
+  }
+
+  CachePlan plan;
+  plan.geometry = config.geometry();
+  plan.scale =
+      config.softmax_scale != 0.0F ? config.softmax_scale : 1.0F / std::sqrt(static_cast<float>(config.head_dim));
+  if constexpr (Evictor<Policy>) {
+    if (config.budget_tokens < config.page_size) {
+      refuse("budget_tokens = " + quoted(config.budget_tokens) + " holds no page of " + quoted(config.page_size) +
+             " tokens; policy " + name + " needs at least one page");
+    }
+    plan.page_capacity = config.budget_tokens / config.page_size;
+    plan.sink_pages = traits::pinned_pages(policy, plan.geometry);
+    plan.decode_pages = std::max<std::size_t>(1, plan.geometry.pages_for(config.min_decode_tokens));
+    if (config.prompt_overflow == PromptOverflow::grow) {
+      if (config.max_prompt_tokens == 0) refuse("PromptOverflow::grow needs max_prompt_tokens; it is 0");
+      plan.page_capacity =
+          std::max(plan.page_capacity, plan.geometry.pages_for(config.max_prompt_tokens) + plan.decode_pages);
+    }
+    if (plan.page_capacity < plan.sink_pages + plan.decode_pages) {
+      refuse("the budget of " + quoted(plan.page_capacity) + " pages is smaller than the " + quoted(plan.sink_pages) +
+             " pages that policy " + name + " pins plus " + quoted(plan.decode_pages) + " to decode in");
+    }
+    if (traits::slack_tokens(policy) + config.page_size > config.budget_tokens) {
+      refuse("policy " + name + " aims " + quoted(traits::slack_tokens(policy)) + " tokens below the budget of " +
+             quoted(config.budget_tokens) + ", which leaves no page");
+    }
+  } else {
+    if (config.max_tokens == 0) {
+      refuse("max_tokens is 0; policy " + name + " keeps every token and needs to know how many to make room for");
+    }
+    plan.page_capacity = plan.geometry.pages_for(config.max_tokens);
+  }
+  if constexpr (Selector<Policy>) {
+    const std::size_t read = config.read_budget_tokens != 0 ? config.read_budget_tokens : config.budget_tokens;
+    if (read < config.page_size) {
+      refuse("read_budget_tokens = " + quoted(read) + " holds no page of " + quoted(config.page_size) +
+             " tokens; policy " + name + " reads at least one page");
+    }
+    plan.read_pages = read / config.page_size;
+  }
+  if (plan.page_capacity * plan.geometry.kv_heads > std::numeric_limits<std::uint32_t>::max() / 2) {
+    refuse(quoted(plan.page_capacity * plan.geometry.kv_heads) + " pages exceed the limit of 2^31");
+  }
+  return plan;
+}
+
+}  // namespace detail
+
+}  // namespace kvsparse

@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything the container keeps for one kv head: its page table, the policy's state, and the working memory of a
+// query, so that heads can run in parallel without sharing a byte. All arrays have their final size from construction.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "../attention/page_kernel.hpp"
+#include "../memory/page_table.hpp"
+#include "../policy/policy.hpp"
+#include "cache_config.hpp"
+
+namespace kvsparse::detail {
+
+/// Working memory of attend() for the query heads of one kv head.
+struct AttendScratch {
+  std::vector<float> queries;        // [group, padded head_dim] scaled
+  std::vector<float> accumulators;   // [group, padded head_dim]
+  std::vector<SoftmaxState> states;  // [group]
+};
+
+/// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
+struct HeadSizes {
+  std::size_t pages, group, row, page_states, selected, masks, trimmed, mass, token_mass, token_weights, scratch,
+      padded_queries, query_window;
+
+  template <class Policy>
+  HeadSizes(const CachePlan& plan, const Policy& policy) {
+    const EvidenceKind kinds = traits::evidence(policy);
+    const bool tokens = traits::granularity<Policy>() == PolicyGranularity::token;
+    const bool bounds = traits::page_summary(policy) == PageSummary::min_max;
+    const Geometry& geometry = plan.geometry;
+    pages = plan.page_capacity;
+    group = geometry.group();
+    row = round_up(geometry.head_dim, query_padding);
+    page_states = std::is_empty_v<PageState<Policy>> ? 0 : pages;
+    selected = Selector<Policy> ? pages : 0;
+    masks = tokens ? pages * divide_up(geometry.page_size, 64) : 0;
+    trimmed = Trimmer<Policy> ? pages : 0;
+    mass = kinds == EvidenceKind::none ? 0 : pages * group;
+    token_mass = asks_for(kinds, EvidenceKind::largest_token_mass) ? mass : 0;
+    token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
+    const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
+    scratch = decides ? pages * (group + 2) + geometry.head_dim + (tokens ? 2 * pages * geometry.page_size : 0) : 0;
+    padded_queries = bounds ? 2 * group * row : 0;
+    query_window = traits::query_window(policy) * group * geometry.head_dim;
+  }
+};
+
+template <class Policy>
+struct HeadStore {
+  static constexpr std::size_t page_state_bytes = std::is_empty_v<PageState<Policy>> ? 0 : sizeof(PageState<Policy>);
+
+  HeadStore(const CachePlan& plan, const Policy& policy)
+      : HeadStore(HeadSizes(plan, policy), plan.geometry.page_size) {}
+
+  static std::size_t bytes_required(const CachePlan& plan, const Policy& policy) {
+    const HeadSizes n(plan, policy);
+    const bool tokens = n.masks > 0;
+    return n.pages * (sizeof(ResidentPage) + sizeof(PageRead) + 1) + n.page_states * sizeof(PageState<Policy>) +
+           Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
+           n.trimmed * sizeof(PageIndex) +
+           sizeof(float) * (3 * n.mass + (n.mass == 0 ? 0 : 2 * query_padding) + n.token_mass + 2 * n.token_weights +
+                            n.scratch + n.padded_queries + n.query_window + n.group + 2 * n.group * n.row) +
+           n.group * sizeof(SoftmaxState);
+  }
+
+  // --- pages ---
+
+  HeadView<Policy> view(const LayerContext& context, const void* store, std::size_t kv_head, Position end,
+                        bool has_open_page) {
+    const HeadPages pages(
+        {&context, &table, store, kv_head, evictions, scratch, padded_queries, query_window, queries_seen}, end,
+        has_open_page);
+    return {pages, page_states.data(), sizeof(PageState<Policy>), &state};
+  }
+  void open_page(const ResidentPage& page) {
+    if (!page_states.empty()) page_states[table.size()] = {};
+    table.push_back(page);
+  }
+  void erase_page(PageIndex page) {
+    if (!page_states.empty()) {
+      std::copy(page_states.begin() + page.value + 1, page_states.begin() + static_cast<std::ptrdiff_t>(table.size()),
+                page_states.begin() + page.value);
+    }
+    ++evictions;
+    evicted_tokens += table[page].tokens;
+    table.erase(page);
+  }
+  PageIndex oldest_unpinned() const {
+    PageIndex page{};
+    while (page.value + 1 < table.size() && table[page].pinned) ++page.value;
+    return page;
+  }
+  /// Takes pins from prompt pages, the middle one first and the sequence's first page last, until at most `limit`
+  /// remain.
+  void unpin_middle(std::size_t limit, std::size_t sink_pages) {
+    while (table.pinned_pages() > limit && table.pinned_pages() > sink_pages) {
+      std::size_t skip = sink_pages + (table.pinned_pages() - sink_pages) / 2;
+      PageIndex page{};
+      while (!table[page].pinned || skip-- > 0) ++page.value;
+      table.unpin(page);
+    }
+  }
+  void clear() {
+    table.clear();
+    state = {};
+    evictions = 0;
+    evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen = 0;
+  }
+
+  // --- one query ---
+
+  void begin_query(Position end, std::size_t group) {
+    query_end = end;
+    read_count = read_tokens = skipped_tokens = 0;
+    std::fill(was_read_.begin(), was_read_.end(), std::uint8_t{0});
+    if (!mass.empty()) std::fill_n(mass.begin(), table.size() * group, -1.0F);
+    if (!read_masks.empty()) std::fill(read_masks.begin(), read_masks.end(), std::uint64_t{0});
+  }
+
+  void add_read(const HeadView<Policy>& pages, const SelectedPage& selected) {
+    const ResidentPage& page = table[selected.page];
+    reads[read_count++] = {page.page,
+                           selected.page,
+                           static_cast<std::uint32_t>(pages.tokens(selected.page)),
+                           selected.tokens.empty() ? nullptr : selected.tokens.data(),
+                           selected.log_weight,
+                           selected.value_log_weight,
+                           selected.rotate_back};
+  }
+
+  PageTap tap(std::size_t first_read, std::size_t queries, std::size_t page_size) {
+    PageTap tap;
+    if (mass.empty()) return tap;
+    tap.page_max = page_max.data() + first_read * queries;
+    tap.page_sum = page_sum.data() + first_read * queries;
+    tap.page_size = page_size;
+    if (!token_logits.empty()) tap.token_logits = token_logits.data() + first_read * queries * page_size;
+    return tap;
+  }
+
+  void record(std::size_t first_query, std::span<const SoftmaxState> states, std::size_t group, std::size_t page_size) {
+    mark_read();
+    if (mass.empty()) return;
+    const std::size_t queries = states.size();
+    const std::size_t count = read_count * queries;
+    for (std::size_t q = 0; q < queries; ++q) {
+      log_sum_exp[first_query + q] = states[q].log_sum_exp();
+      for (std::size_t i = q; i < count; i += queries) page_max[i] -= states[q].max;
+    }
+    // page_max becomes exp(page_max - max): a page's share is that times its sum, divided by the whole sum.
+    for (std::size_t i = 0; i < count; i += simd::lanes) {
+      simd::store(page_max.data() + i, simd::exp_nonpositive(simd::load(page_max.data() + i)));
+    }
+    for (std::size_t r = 0; r < read_count; ++r) {
+      for (std::size_t q = 0; q < queries; ++q) {
+        const float share = page_max[r * queries + q] / states[q].sum;
+        const std::size_t at = reads[r].index.value * group + first_query + q;
+        mass[at] = share * page_sum[r * queries + q];
+        if (!largest_token.empty()) largest_token[at] = share;
+        if (token_weights.empty()) continue;
+        const float* logits = token_logits.data() + (r * queries + q) * page_size;
+        for (std::size_t t = 0; t < reads[r].tokens; ++t) {
+          token_weights[at * page_size + t] = std::exp(logits[t] - states[q].max) / states[q].sum;
+        }
+      }
+    }
+  }
+
+  void finish_query(QueryGroup group) {
+    std::size_t visible = 0;
+    for (std::uint32_t page = 0; page < table.size(); ++page) visible += table[{page}].tokens;
+    skipped_tokens = visible > read_tokens ? visible - read_tokens : 0;
+    if (query_window.empty()) return;
+    const std::size_t row = group.size * group.head_dim;
+    float* at = query_window.data() + (queries_seen % (query_window.size() / row)) * row;
+    for (std::size_t q = 0; q < group.size; ++q) at = std::copy(group[q].begin(), group[q].end(), at);
+    ++queries_seen;
+  }
+
+  Evidence evidence(QueryGroup group, bool is_prompt, std::size_t page_size) const {
+    std::size_t resident = table.size();
+    while (resident > 0 && table[{static_cast<std::uint32_t>(resident - 1)}].first_position >= query_end) --resident;
+    return Evidence({{query_end.value - 1},
+                     is_prompt,
+                     group,
+                     resident,
+                     page_size,
+                     mass.data(),
+                     largest_token.empty() ? nullptr : largest_token.data(),
+                     token_weights.empty() ? nullptr : token_weights.data(),
+                     log_sum_exp.data()});
+  }
+
+  bool was_read(PageIndex page, Slot slot) const {
+    if (page.value >= was_read_.size() || was_read_[page.value] == 0) return false;
+    if (first_position_at(page) + slot.value >= query_end) return false;
+    if (read_masks.empty()) return true;
+    const std::size_t words = read_masks.size() / was_read_.size();
+    return (read_masks[page.value * words + slot.value / 64] >> (slot.value % 64) & 1) != 0;
+  }
+
+  PageTable table;
+  std::vector<PageState<Policy>> page_states;
+  HeadState<Policy> state{};
+  std::uint64_t evictions = 0;
+  std::size_t evicted_tokens = 0;
+  PageList trimmed;
+
+  Selection selection;
+  std::vector<PageRead> reads;
+  std::size_t read_count = 0;
+  std::size_t read_tokens = 0;
+  std::size_t skipped_tokens = 0;
+  Position query_end;
+  AttendScratch attend_scratch;
+
+ private:
+  HeadStore(const HeadSizes& n, std::size_t page_size)
+      : table(n.pages),
+        page_states(n.page_states),
+        trimmed(n.trimmed),
+        selection(n.selected, page_size, n.masks > 0),
+        reads(n.pages),
+        attend_scratch{std::vector<float>(n.group * n.row), std::vector<float>(n.group * n.row),
+                       std::vector<SoftmaxState>(n.group)},
+        was_read_(n.pages),
+        read_masks(n.masks),
+        mass(n.mass),
+        page_max(n.mass == 0 ? 0 : n.mass + query_padding),
+        page_sum(n.mass == 0 ? 0 : n.mass + query_padding),
+        largest_token(n.token_mass),
+        token_logits(n.token_weights),
+        token_weights(n.token_weights),
+        log_sum_exp(n.group),
+        scratch(n.scratch),
+        padded_queries(n.padded_queries),
+        query_window(n.query_window) {}
+
+  Position first_position_at(PageIndex page) const { return table[page].first_position; }
+
+  void mark_read() {
+    const std::size_t words = read_masks.empty() ? 0 : read_masks.size() / was_read_.size();
+    for (std::size_t r = 0; r < read_count; ++r) {
+      const PageRead& read = reads[r];
+      was_read_[read.index.value] = 1;
+      std::size_t tokens = 0;
+      for (std::size_t w = 0; w < words; ++w) {
+        const std::uint64_t mask = read.token_mask == nullptr ? ~std::uint64_t{0} : read.token_mask[w];
+        read_masks[read.index.value * words + w] |= mask;
+        tokens += static_cast<std::size_t>(std::popcount(mask));
+      }
+      read_tokens += read.token_mask == nullptr ? read.tokens : tokens;
+    }
+  }
+
+  std::vector<std::uint8_t> was_read_;    // [pages]
+  std::vector<std::uint64_t> read_masks;  // [pages, words], only for token granularity
+  std::vector<float> mass;                // [pages, group]; negative: not visited
+  std::vector<float> page_max;            // [reads, queries], padded to whole vectors
+  std::vector<float> page_sum;
+  std::vector<float> largest_token;  // [pages, group]
+  std::vector<float> token_logits;   // [reads, queries, page_size]
+  std::vector<float> token_weights;  // [pages, group, page_size]
+  std::vector<float> log_sum_exp;    // [group]
+  std::vector<float> scratch;
+  std::vector<float> padded_queries;
+  std::vector<float> query_window;
+  std::size_t queries_seen = 0;
+};
+
+}  // namespace kvsparse::detail

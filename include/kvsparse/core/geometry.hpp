@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shapes, and the one place where page boundaries are computed: append, evict, select, attend and export all ask here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ids.hpp"
+
+namespace kvsparse {
+
+constexpr std::size_t divide_up(std::size_t value, std::size_t step) { return (value + step - 1) / step; }
+constexpr std::size_t round_up(std::size_t value, std::size_t step) { return divide_up(value, step) * step; }
+
+/// Stored rows are padded with zeros to a multiple of this many elements, so that kernels read whole vectors.
+inline constexpr std::size_t row_padding = 8;
+
+/// The shape of one attention layer and of its pages. Query head i reads kv head i / group().
+struct Geometry {
+  std::size_t query_heads = 1;
+  std::size_t kv_heads = 1;
+  std::size_t head_dim = 0;
+  std::size_t page_size = 16;
+
+  constexpr std::size_t group() const { return query_heads / kv_heads; }
+  constexpr std::size_t row_stride() const { return round_up(head_dim, row_padding); }
+
+  /// Pages that hold `tokens` tokens starting at a page boundary.
+  constexpr std::size_t pages_for(std::size_t tokens) const { return divide_up(tokens, page_size); }
+  constexpr Slot slot_of(Position position) const {
+    return {static_cast<std::uint32_t>(static_cast<std::uint64_t>(position.value) % page_size)};
+  }
+  /// A page holds the positions [j * page_size, (j + 1) * page_size); this is j.
+  constexpr std::size_t page_number(Position position) const {
+    return static_cast<std::size_t>(static_cast<std::uint64_t>(position.value) / page_size);
+  }
+};
+
+}  // namespace kvsparse

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Errors. Configuration throws ConfigError; what can fail during decoding returns a Status, which costs no allocation
+// until somebody asks for its sentence.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+namespace kvsparse {
+
+/// Thrown by constructors; what() is a sentence that names the value and the limit.
+class ConfigError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+/// The outcome of a verb of the decode step. On failure nothing has changed.
+class [[nodiscard]] Status {
+ public:
+  enum class Code {
+    ok,
+    wrong_heads,            ///< a row view has the wrong number of heads
+    wrong_head_dim,         ///< a row view has the wrong head_dim
+    wrong_tokens,           ///< key, value, query or output views disagree in tokens
+    wrong_size,             ///< a flat span has the wrong number of elements
+    prompt_ended,           ///< append_prompt after the first append or end_prompt
+    prompt_exceeds_budget,  ///< pinned prompt pages plus one would not fit the budget
+    max_tokens_reached,     ///< a policy that keeps everything is full
+    nothing_to_attend,      ///< attend before the first append
+  };
+
+  constexpr Status() = default;
+  constexpr Status(Code code, std::size_t value, std::size_t limit) : code_(code), value_(value), limit_(limit) {}
+
+  constexpr bool ok() const { return code_ == Code::ok; }
+  constexpr explicit operator bool() const { return ok(); }
+  constexpr Code code() const { return code_; }
+  /// The value that was refused and the limit it met; both 0 when ok.
+  constexpr std::size_t value() const { return value_; }
+  constexpr std::size_t limit() const { return limit_; }
+
+  /// A sentence with the value and the limit in it. Allocates.
+  std::string message() const {
+    const std::string value = std::to_string(value_);
+    const std::string limit = std::to_string(limit_);
+    switch (code_) {
+      case Code::ok: return "ok";
+      case Code::wrong_heads: return "a row view has " + value + " heads; this cache needs " + limit;
+      case Code::wrong_head_dim: return "a row view has head_dim " + value + "; this cache needs " + limit;
+      case Code::wrong_tokens: return "a row view has " + value + " tokens; " + limit + " were expected";
+      case Code::wrong_size: return "a flat span has " + value + " elements; this cache needs " + limit;
+      case Code::prompt_ended: return "the prompt ended at position " + limit + "; append_prompt came at " + value;
+      case Code::prompt_exceeds_budget:
+        return "the prompt would pin " + value + " pages, but the budget of " + limit +
+               " pages must leave one page for decoding; raise budget_tokens, unpin the prompt, or choose "
+               "PromptOverflow::grow or unpin_middle";
+      case Code::max_tokens_reached: return "token " + value + " would exceed max_tokens = " + limit;
+      case Code::nothing_to_attend: return "a query came for " + value + " tokens, but " + limit + " are in the cache";
+    }
+    return "unknown status";
+  }
+
+ private:
+  Code code_ = Code::ok;
+  std::size_t value_ = 0;
+  std::size_t limit_ = 0;
+};
+
+}  // namespace kvsparse

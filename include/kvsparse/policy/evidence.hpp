@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// What `observe` reads: each page's exact share of the softmax, which the kernel has for free, page by page and query
+// head by query head. A page that was not visited is unknown, not zero.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+#include "../config.hpp"
+#include "../core/ids.hpp"
+#include "../core/views.hpp"
+
+namespace kvsparse {
+
+/// What a policy asks the kernel for (the trait `evidence`); combine with |.
+enum class EvidenceKind : unsigned {
+  none = 0,
+  page_mass = 1,           ///< each page's share of the softmax, per query head: two floats a page
+  largest_token_mass = 2,  ///< the largest share of a single token of the page: free beside page_mass
+  token_weights = 4,       ///< every token's share: page_size floats a page and query head
+};
+constexpr EvidenceKind operator|(EvidenceKind a, EvidenceKind b) {
+  return static_cast<EvidenceKind>(static_cast<unsigned>(a) | static_cast<unsigned>(b));
+}
+constexpr bool asks_for(EvidenceKind asked, EvidenceKind kind) {
+  return (static_cast<unsigned>(asked) & static_cast<unsigned>(kind)) != 0;
+}
+
+/// The evidence of one query group over the resident pages of its kv head.
+class Evidence {
+ public:
+  struct Storage {
+    Position position;
+    bool is_prompt = false;
+    QueryGroup queries;
+    std::size_t resident_pages = 0;
+    std::size_t page_size = 0;
+    const float* mass = nullptr;           // [resident_pages, group]; negative where not visited
+    const float* largest_token = nullptr;  // [resident_pages, group]
+    const float* token_weights = nullptr;  // [resident_pages, group, page_size]
+    const float* log_sum_exp = nullptr;    // [group]
+  };
+  explicit Evidence(const Storage& storage) : storage_(storage) {}
+
+  /// The position of the token whose query this is.
+  Position position() const { return storage_.position; }
+  /// True for a query of the prompt.
+  bool is_prompt() const { return storage_.is_prompt; }
+  const QueryGroup& queries() const { return storage_.queries; }
+  std::size_t group() const { return storage_.queries.size; }
+
+  bool visited(PageIndex page, std::size_t query) const { return !(storage_.mass[at(page, query)] < 0.0F); }
+  /// Visited by some query head of the group.
+  bool visited(PageIndex page) const {
+    for (std::size_t q = 0; q < group(); ++q) {
+      if (visited(page, q)) return true;
+    }
+    return false;
+  }
+  /// The page's share of the softmax over what the query head read; only for a visited page.
+  float mass(PageIndex page, std::size_t query) const {
+    KVSPARSE_ASSERT(visited(page, query));
+    return storage_.mass[at(page, query)];
+  }
+  /// Sum over the query heads of the group that visited the page.
+  float group_mass(PageIndex page) const {
+    float sum = 0.0F;
+    for (std::size_t q = 0; q < group(); ++q) sum += visited(page, q) ? mass(page, q) : 0.0F;
+    return sum;
+  }
+  /// Largest over the query heads of the group that visited the page.
+  float peak_mass(PageIndex page) const {
+    float peak = 0.0F;
+    for (std::size_t q = 0; q < group(); ++q) {
+      if (visited(page, q) && mass(page, q) > peak) peak = mass(page, q);
+    }
+    return peak;
+  }
+  /// The largest share of one token of the page; needs EvidenceKind::largest_token_mass.
+  float largest_token_mass(PageIndex page, std::size_t query) const {
+    KVSPARSE_ASSERT(storage_.largest_token != nullptr);
+    return storage_.largest_token[at(page, query)];
+  }
+  /// [page_size] shares of the page's tokens, valid up to its token count; needs EvidenceKind::token_weights.
+  std::span<const float> token_weights(PageIndex page, std::size_t query) const {
+    KVSPARSE_ASSERT(storage_.token_weights != nullptr);
+    return {storage_.token_weights + at(page, query) * storage_.page_size, storage_.page_size};
+  }
+  /// log of the softmax's denominator over what the query head read.
+  float log_sum_exp(std::size_t query) const { return storage_.log_sum_exp[query]; }
+
+ private:
+  std::size_t at(PageIndex page, std::size_t query) const {
+    KVSPARSE_ASSERT(page.value < storage_.resident_pages && query < group());
+    return page.value * group() + query;
+  }
+  Storage storage_;
+};
+
+}  // namespace kvsparse

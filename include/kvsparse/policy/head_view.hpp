@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a policy may look at: the resident pages of one kv head (or of all heads of a layer), its own state of each
+// page, stored rows as floats, page bounds. A policy never sees the pool, the table or the cache. Views are passed by
+// value.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <span>
+#include <type_traits>
+
+#include "../config.hpp"
+#include "../core/geometry.hpp"
+#include "../core/views.hpp"
+#include "../memory/page_table.hpp"
+
+namespace kvsparse {
+
+/// State of a policy that declares none.
+struct NoState {};
+
+namespace detail {
+
+template <class Policy>
+struct PageStateOf {
+  using type = NoState;
+};
+template <class Policy>
+requires requires { typename Policy::PageState; }
+struct PageStateOf<Policy> {
+  using type = typename Policy::PageState;
+};
+template <class Policy>
+struct HeadStateOf {
+  using type = NoState;
+};
+template <class Policy>
+requires requires { typename Policy::HeadState; }
+struct HeadStateOf<Policy> {
+  using type = typename Policy::HeadState;
+};
+template <class Policy>
+struct LayerStateOf {
+  using type = NoState;
+};
+template <class Policy>
+requires requires { typename Policy::LayerState; }
+struct LayerStateOf<Policy> {
+  using type = typename Policy::LayerState;
+};
+
+}  // namespace detail
+
+template <class Policy>
+using PageState = typename detail::PageStateOf<Policy>::type;
+template <class Policy>
+using HeadState = typename detail::HeadStateOf<Policy>::type;
+template <class Policy>
+using LayerState = typename detail::LayerStateOf<Policy>::type;
+
+/// How a view reaches stored rows without being a template of the storage type.
+struct RowAccess {
+  void (*load_key)(const void* store, PageId page, Slot slot, std::span<float> row) = nullptr;
+  void (*load_value)(const void* store, PageId page, Slot slot, std::span<float> row) = nullptr;
+  void (*load_bounds)(const void* store, PageId page, std::span<float> lowest, std::span<float> highest) = nullptr;
+  void (*load_key_sum)(const void* store, PageId page, std::span<float> sum) = nullptr;
+  /// bounds[page * group + q] for the pages given, resident order.
+  void (*upper_bounds)(const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
+                       std::span<float> padded_queries, std::span<float> bounds) = nullptr;
+};
+
+/// What is the same for all heads of a layer.
+struct LayerContext {
+  Geometry geometry;
+  std::size_t layer = 0;
+  std::size_t page_budget = 0;       // resident pages a head may hold
+  std::size_t read_page_budget = 0;  // pages a selector may read
+  RowAccess rows;
+};
+
+/// The resident pages of one kv head, oldest first, as seen by the newest token or by a query inside the prompt.
+class HeadPages {
+ public:
+  struct Storage {
+    const LayerContext* context = nullptr;
+    const PageTable* table = nullptr;
+    const void* rows = nullptr;  // what the functions of RowAccess take first
+    std::size_t kv_head = 0;
+    std::uint64_t evictions = 0;
+    std::span<float> scratch;
+    std::span<float> padded_queries;
+    std::span<const float> query_window;  // ring, [window, group, head_dim]
+    std::size_t queries_seen = 0;
+  };
+
+  /// Pages with positions below `end`; the last of them is the open page unless `has_open_page` is false.
+  HeadPages(const Storage& storage, Position end, bool has_open_page)
+      : storage_(storage), end_(end), has_open_page_(has_open_page), size_(storage.table->size()) {
+    while (size_ > 0 && table()[{static_cast<std::uint32_t>(size_ - 1)}].first_position >= end) --size_;
+  }
+
+  // --- pages ---
+  std::size_t size() const { return size_; }
+  bool has_open_page() const { return has_open_page_ && size_ > 0; }
+  PageIndex open_page() const {
+    KVSPARSE_ASSERT(has_open_page());
+    return {static_cast<std::uint32_t>(size_ - 1)};
+  }
+  bool is_open(PageIndex page) const { return has_open_page() && page == open_page(); }
+  bool is_pinned(PageIndex page) const { return table()[page].pinned; }
+  /// Neither pinned nor open: a page that `victim` may name.
+  bool is_evictable(PageIndex page) const { return !is_pinned(page) && !is_open(page); }
+  std::size_t pinned_pages() const { return table().pinned_pages(); }
+  Position first_position(PageIndex page) const { return table()[page].first_position; }
+  std::size_t tokens(PageIndex page) const {
+    const std::int64_t visible = end_ - first_position(page);
+    const std::size_t stored = table()[page].tokens;
+    return visible < static_cast<std::int64_t>(stored) ? static_cast<std::size_t>(visible) : stored;
+  }
+  /// One past the newest visible token.
+  Position end() const { return end_; }
+
+  class Iterator {
+   public:
+    using value_type = PageIndex;
+    using difference_type = std::ptrdiff_t;
+    Iterator() = default;
+    Iterator(const HeadPages* head, std::uint32_t index, bool evictable_only)
+        : head_(head), index_(index), evictable_only_(evictable_only) {
+      skip();
+    }
+    PageIndex operator*() const { return {index_}; }
+    Iterator& operator++() {
+      ++index_;
+      skip();
+      return *this;
+    }
+    Iterator operator++(int) {
+      Iterator before = *this;
+      ++*this;
+      return before;
+    }
+    friend bool operator==(const Iterator& a, const Iterator& b) { return a.index_ == b.index_; }
+
+   private:
+    void skip() {
+      while (evictable_only_ && index_ < head_->size() && !head_->is_evictable({index_})) ++index_;
+    }
+    const HeadPages* head_ = nullptr;
+    std::uint32_t index_ = 0;
+    bool evictable_only_ = false;
+  };
+  struct Range {
+    Iterator first;
+    Iterator last;
+    Iterator begin() const { return first; }
+    Iterator end() const { return last; }
+  };
+  /// All resident pages, oldest first. The range refers to this view.
+  Range pages() const { return range(false); }
+  /// The evictable ones, oldest first.
+  Range evictable_pages() const { return range(true); }
+
+  /// The page with the lowest score(page) among the `oldest` oldest evictable ones (default: all); ties go to the
+  /// oldest. Page 0 when none is evictable.
+  template <class Score>
+  PageIndex lowest_evictable(Score&& score, std::size_t oldest = std::numeric_limits<std::size_t>::max()) const {
+    PageIndex lowest{};
+    bool found = false;
+    std::invoke_result_t<Score&, PageIndex> lowest_score{};
+    for (const PageIndex page : evictable_pages()) {
+      if (oldest-- == 0) break;
+      const auto candidate = score(page);
+      if (!found || candidate < lowest_score) {
+        lowest = page;
+        lowest_score = candidate;
+        found = true;
+      }
+    }
+    return lowest;
+  }
+
+  // --- identity and limits ---
+  const Geometry& geometry() const { return storage_.context->geometry; }
+  std::size_t page_size() const { return geometry().page_size; }
+  std::size_t head_dim() const { return geometry().head_dim; }
+  std::size_t kv_head() const { return storage_.kv_head; }
+  std::size_t layer() const { return storage_.context->layer; }
+  std::size_t page_budget() const { return storage_.context->page_budget; }
+  std::size_t read_page_budget() const { return storage_.context->read_page_budget; }
+  /// Pages this head has evicted so far: the counter of counter-based random numbers.
+  std::uint64_t evictions() const { return storage_.evictions; }
+
+  // --- stored data, as floats ---
+  /// row: [head_dim]. O(head_dim).
+  void load_key(PageIndex page, Slot slot, std::span<float> row) const {
+    rows().load_key(storage_.rows, table()[page].page, slot, row);
+  }
+  void load_value(PageIndex page, Slot slot, std::span<float> row) const {
+    rows().load_value(storage_.rows, table()[page].page, slot, row);
+  }
+  /// lowest, highest: [head_dim], channel-wise over the page's keys. Needs page_summary = min_max.
+  void load_bounds(PageIndex page, std::span<float> lowest, std::span<float> highest) const {
+    rows().load_bounds(storage_.rows, table()[page].page, lowest, highest);
+  }
+  /// mean: [head_dim] mean of the page's keys. Needs page_summary = mean.
+  void load_mean_key(PageIndex page, std::span<float> mean) const {
+    rows().load_key_sum(storage_.rows, table()[page].page, mean);
+    for (float& element : mean) element /= static_cast<float>(table()[page].tokens);
+  }
+  /// bounds [size(), group]: no key of the page has a larger dot product (unscaled) with the query. Needs page_summary
+  /// = min_max. O(size() * group * head_dim), at the bandwidth of the summaries.
+  void upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
+    rows().upper_bounds(storage_.rows, table_pages(), queries, storage_.padded_queries, bounds);
+  }
+  /// The query group seen `age` attend calls ago (0: the one before the running one); needs the query_window trait.
+  QueryGroup recent_queries(std::size_t age) const {
+    const std::size_t row = geometry().group() * head_dim();
+    const std::size_t window = storage_.query_window.size() / row;
+    KVSPARSE_ASSERT(age < window && age < storage_.queries_seen);
+    const std::size_t at = (storage_.queries_seen - 1 - age) % window;
+    return {storage_.query_window.data() + at * row, geometry().group(), head_dim(), head_dim(), 1.0F};
+  }
+  std::size_t recent_query_count() const {
+    const std::size_t window = storage_.query_window.size() / (geometry().group() * head_dim());
+    return storage_.queries_seen < window ? storage_.queries_seen : window;
+  }
+
+  /// Working memory of a verb, overwritten by the next verb: one float for each resident page and query head of the
+  /// group, and for each token too when the policy's granularity is token.
+  std::span<float> scratch() const { return storage_.scratch; }
+
+ private:
+  const PageTable& table() const { return *storage_.table; }
+  const RowAccess& rows() const { return storage_.context->rows; }
+  std::span<const ResidentPage> table_pages() const { return {&table()[{0}], size_}; }
+  Range range(bool evictable_only) const {
+    return {{this, 0, evictable_only}, {this, static_cast<std::uint32_t>(size_), evictable_only}};
+  }
+
+  Storage storage_;
+  Position end_;
+  bool has_open_page_;
+  std::size_t size_;
+};
+
+/// HeadPages plus the policy's own state of that head and of each of its pages.
+template <class Policy>
+class HeadView : public HeadPages {
+ public:
+  HeadView(const HeadPages& pages, void* page_states, std::size_t state_stride, void* head_state)
+      : HeadPages(pages),
+        page_states_(static_cast<std::byte*>(page_states)),
+        state_stride_(state_stride),
+        head_state_(head_state) {}
+
+  PageState<Policy>& state(PageIndex page) const {
+    return *reinterpret_cast<PageState<Policy>*>(page_states_ + page.value * state_stride_);
+  }
+  HeadState<Policy>& head_state() const { return *static_cast<HeadState<Policy>*>(head_state_); }
+
+  /// The same pages for a policy whose states are members of this one's (compositions).
+  template <class Part, class PageMember, class HeadMember>
+  HeadView<Part> part(PageMember page_member, HeadMember head_member) const {
+    void* first = size() == 0 && page_states_ == nullptr
+                      ? nullptr
+                      : static_cast<void*>(&(reinterpret_cast<PageState<Policy>*>(page_states_)->*page_member));
+    return {*this, first, state_stride_, &(head_state().*head_member)};
+  }
+
+ private:
+  std::byte* page_states_;
+  std::size_t state_stride_;
+  void* head_state_;
+};
+
+/// All heads of a layer, for policies of scope layer: their heads hold the same positions and evict them together.
+template <class Policy>
+class LayerView {
+ public:
+  using HeadOf = HeadView<Policy> (*)(void* owner, std::size_t kv_head);
+  LayerView(void* owner, HeadOf head_of, std::size_t heads, LayerState<Policy>& state)
+      : owner_(owner), head_of_(head_of), heads_(heads), state_(&state) {}
+
+  std::size_t heads() const { return heads_; }
+  HeadView<Policy> head(std::size_t kv_head) const { return head_of_(owner_, kv_head); }
+  LayerState<Policy>& layer_state() const { return *state_; }
+
+ private:
+  void* owner_;
+  HeadOf head_of_;
+  std::size_t heads_;
+  LayerState<Policy>* state_;
+};
+
+}  // namespace kvsparse

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The policy contract. A policy is a copyable struct; every verb and every trait below is optional, and an absent one
+// means "nothing to do" or the default in parentheses. The container owns all state, calls the verbs, and moves the
+// pages; a policy only decides. Verbs are const members of the policy and take views by value; none may allocate, throw
+// or lock.
+//
+// State         PageState, HeadState, LayerState   trivially copyable structs; copied, forked and saved by the
+// container.
+//                                                   A page's state is value-initialised before on_page_open.
+// Options       struct Options { ...; void visit(auto&& field) { field("alpha", alpha); ... } } options;
+//               named once here, they are the command line's --set keys and what a snapshot stores. May have
+//               std::string problem() const (a sentence if a value is out of range, else empty) and
+//               bool preset(std::string_view name) with static constexpr std::string_view presets = "a|b".
+//               An enum option's names stand in the policy: static constexpr std::string_view names_of(E) { return
+//               "a|b"; }
+//
+// Traits        static constexpr members, or const member functions of the same name where an option decides:
+//   name           (required)    std::string_view          the name on command lines
+//   scope          (kv_head)     PolicyScope::layer: all heads of a layer evict the same positions
+//   granularity    (page)        PolicyGranularity::token: select may read part of a page
+//   selection      (kv_head)     SelectionScope::query_head: select is called for each query head by itself
+//   evidence       (none)        EvidenceKind flags: what observe needs from the kernel
+//   query_window   (0)           recent queries that the container keeps for HeadPages::recent_queries
+//   page_summary   (none)        PageSummary::min_max or mean
+//   slack_tokens   (0)           a lagged evictor aims this far below the budget, so that the budget holds between
+//   trims period         (0)           decode steps between two calls of trim pin_prompt     (false)       pages that
+//   hold a prompt token are never victims
+//
+// Verbs         P stands for the policy.
+//   on_page_open(HeadView<P>, PageIndex)          a page was opened, still empty: before its first on_append
+//   on_append(HeadView<P>, PageIndex, Slot)       a token was stored
+//   on_page_full(HeadView<P>, PageIndex)          its last slot was stored
+//   on_prompt_end(HeadView<P>)                    once, before the first decode token
+//   on_clear(HeadView<P>)                         the head was emptied; head state is kept: reset it here
+//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. The open page is
+//                                                 always resident; add it unless the algorithm says otherwise.
+//   select_more(HeadView<P>, QueryGroup, std::span<const SoftmaxState>, Selection&)
+//                                                 more pages, given the softmax so far; called until it adds nothing
+//   observe(HeadView<P>, const Evidence&)         after a query attended
+//   on_step_end(LayerView<P>)                     scope layer: after all heads observed, serially
+//   PageIndex victim(HeadView<P>)                 scope kv_head: the page to give up when room is needed; loses data
+//   PageIndex victim(LayerView<P>)                scope layer: the same page index for every head
+//   trim(HeadView<P>, PageList&)                  many victims: at prompt end and every `period` decode steps
+//   on_evict(HeadView<P>, PageIndex)              before the page's slots are reused; its rows can still be loaded
+//   residual(HeadView<P>, QueryGroup, std::span<SoftmaxState>)
+//                                                 merges what summaries of evicted tokens stand for
+//   std::size_t pinned_pages(const Geometry&)     the first pages of the sequence that are never victims (sinks)
+//   PagesUsed pages_used(HeadView<P>)             for stats(): how many of the pages judged were found used
+//
+// `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no
+// open page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is
+// unknown, not zero. Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork,
+// rollback and snapshots.
+//
+// Why this is enough (each policy of the literature that we mean to write, and where it lives in the contract):
+//   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the
+//   heads. SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+
+//   period: SnapKV-D). RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity
+//   of load_key rows. LazyEviction      PageState {last use, largest gap}; observe updates both; period W, slack_tokens
+//   W; trim scores survival. HashAttention     PageState holds page_size signatures set in on_append; granularity
+//   token; select sets token masks. HierarchicalTopK  select probes load_key of middle slots, coarse to fine; no state.
+//   HalfSpace         page_summary min_max; select adds every page whose bound passes a threshold kept in HeadState
+//                     (last step's log_sum_exp), however many they are.
+//   Certified         page_summary min_max; select reads the best pages; select_more compares the unread pages' bounds
+//   with
+//                     the SoftmaxState so far and goes on until the certificate holds.
+//   SubGen            on_evict hands the page's weight to the nearest survivor's PageState; select gives log_weight and
+//                     value_log_weight.
+//   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState; residual merges it by
+//   log-sum-exp.
+// Token-level papers are exact at page_size 1; at larger pages a page's score is the summed mass of its tokens.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "../core/softmax_state.hpp"
+#include "../memory/page_summary.hpp"
+#include "evidence.hpp"
+#include "head_view.hpp"
+#include "selection.hpp"
+
+namespace kvsparse {
+
+enum class PolicyScope { kv_head, layer };
+enum class PolicyGranularity { page, token };
+enum class SelectionScope { kv_head, query_head };
+
+/// Of `judged` pages looked at since the last clear, `used` were found used.
+struct PagesUsed {
+  std::uint64_t used = 0;
+  std::uint64_t judged = 0;
+};
+
+/// The verbs as concepts, for a policy author to static_assert on.
+template <class P>
+concept HeadEvictor = requires(const P policy, HeadView<P> head) {
+  { policy.victim(head) } -> std::same_as<PageIndex>;
+};
+template <class P>
+concept LayerEvictor = requires(const P policy, LayerView<P> layer) {
+  { policy.victim(layer) } -> std::same_as<PageIndex>;
+};
+template <class P>
+concept Evictor = HeadEvictor<P> || LayerEvictor<P>;
+template <class P>
+concept Trimmer = requires(const P policy, HeadView<P> head, PageList& pages) {
+  policy.trim(head, pages);
+};
+template <class P>
+concept Selector = requires(const P policy, HeadView<P> head, QueryGroup queries, Selection& selection) {
+  policy.select(head, queries, selection);
+};
+template <class P>
+concept RepeatedSelector = requires(const P policy, HeadView<P> head, QueryGroup queries,
+                                    std::span<const SoftmaxState> states, Selection& selection) {
+  policy.select_more(head, queries, states, selection);
+};
+template <class P>
+concept Observer = requires(const P policy, HeadView<P> head, const Evidence& evidence) {
+  policy.observe(head, evidence);
+};
+template <class P>
+concept StepObserver = requires(const P policy, LayerView<P> layer) {
+  policy.on_step_end(layer);
+};
+template <class P>
+concept PageOpenListener = requires(const P policy, HeadView<P> head, PageIndex page) {
+  policy.on_page_open(head, page);
+};
+template <class P>
+concept AppendListener = requires(const P policy, HeadView<P> head, PageIndex page, Slot slot) {
+  policy.on_append(head, page, slot);
+};
+template <class P>
+concept PageFullListener = requires(const P policy, HeadView<P> head, PageIndex page) {
+  policy.on_page_full(head, page);
+};
+template <class P>
+concept PromptEndListener = requires(const P policy, HeadView<P> head) {
+  policy.on_prompt_end(head);
+};
+template <class P>
+concept ClearListener = requires(const P policy, HeadView<P> head) {
+  policy.on_clear(head);
+};
+template <class P>
+concept EvictListener = requires(const P policy, HeadView<P> head, PageIndex page) {
+  policy.on_evict(head, page);
+};
+template <class P>
+concept ResidualProvider = requires(const P policy, HeadView<P> head, QueryGroup queries,
+                                    std::span<SoftmaxState> states) {
+  policy.residual(head, queries, states);
+};
+template <class P>
+concept Pinner = requires(const P policy, const Geometry& geometry) {
+  { policy.pinned_pages(geometry) } -> std::same_as<std::size_t>;
+};
+template <class P>
+concept UseCounter = requires(const P policy, HeadView<P> head) {
+  { policy.pages_used(head) } -> std::same_as<PagesUsed>;
+};
+template <class P>
+concept HasOptions = requires(P policy) {
+  policy.options.visit([](std::string_view, auto&) {});
+};
+
+namespace traits {
+
+template <class P>
+constexpr PolicyScope scope() {
+  if constexpr (requires { P::scope; }) {
+    return P::scope;
+  } else {
+    return PolicyScope::kv_head;
+  }
+}
+template <class P>
+constexpr PolicyGranularity granularity() {
+  if constexpr (requires { P::granularity; }) {
+    return P::granularity;
+  } else {
+    return PolicyGranularity::page;
+  }
+}
+
+// The others may depend on an option, so they are asked of the policy object.
+template <class P>
+constexpr SelectionScope selection(const P& policy) {
+  if constexpr (requires {
+                  { policy.selection() } -> std::same_as<SelectionScope>;
+                }) {
+    return policy.selection();
+  } else if constexpr (requires {
+                         { P::selection } -> std::convertible_to<SelectionScope>;
+                       }) {
+    return P::selection;
+  } else {
+    return SelectionScope::kv_head;
+  }
+}
+template <class P>
+constexpr EvidenceKind evidence(const P& policy) {
+  if constexpr (requires {
+                  { policy.evidence() } -> std::same_as<EvidenceKind>;
+                }) {
+    return policy.evidence();
+  } else if constexpr (requires {
+                         { P::evidence } -> std::convertible_to<EvidenceKind>;
+                       }) {
+    return P::evidence;
+  } else {
+    return EvidenceKind::none;
+  }
+}
+template <class P>
+constexpr std::size_t query_window(const P& policy) {
+  if constexpr (requires {
+                  { policy.query_window() } -> std::convertible_to<std::size_t>;
+                }) {
+    return policy.query_window();
+  } else if constexpr (requires {
+                         { P::query_window } -> std::convertible_to<std::size_t>;
+                       }) {
+    return P::query_window;
+  } else {
+    return 0;
+  }
+}
+template <class P>
+constexpr PageSummary page_summary(const P& policy) {
+  if constexpr (requires {
+                  { policy.page_summary() } -> std::same_as<PageSummary>;
+                }) {
+    return policy.page_summary();
+  } else if constexpr (requires {
+                         { P::page_summary } -> std::convertible_to<PageSummary>;
+                       }) {
+    return P::page_summary;
+  } else {
+    return PageSummary::none;
+  }
+}
+template <class P>
+constexpr std::size_t slack_tokens(const P& policy) {
+  if constexpr (requires {
+                  { policy.slack_tokens() } -> std::convertible_to<std::size_t>;
+                }) {
+    return policy.slack_tokens();
+  } else if constexpr (requires {
+                         { P::slack_tokens } -> std::convertible_to<std::size_t>;
+                       }) {
+    return P::slack_tokens;
+  } else {
+    return 0;
+  }
+}
+template <class P>
+constexpr std::size_t period(const P& policy) {
+  if constexpr (requires {
+                  { policy.period() } -> std::convertible_to<std::size_t>;
+                }) {
+    return policy.period();
+  } else if constexpr (requires {
+                         { P::period } -> std::convertible_to<std::size_t>;
+                       }) {
+    return P::period;
+  } else {
+    return 0;
+  }
+}
+template <class P>
+constexpr bool pin_prompt(const P& policy) {
+  if constexpr (requires {
+                  { policy.pin_prompt() } -> std::same_as<bool>;
+                }) {
+    return policy.pin_prompt();
+  } else if constexpr (requires {
+                         { P::pin_prompt } -> std::convertible_to<bool>;
+                       }) {
+    return P::pin_prompt;
+  } else {
+    return false;
+  }
+}
+template <class P>
+constexpr std::size_t pinned_pages(const P& policy, const Geometry& geometry) {
+  if constexpr (Pinner<P>) {
+    return policy.pinned_pages(geometry);
+  } else {
+    return 0;
+  }
+}
+/// A sentence on what is wrong with the policy's options; empty when nothing is.
+template <class P>
+std::string options_problem(const P& policy) {
+  if constexpr (requires {
+                  { policy.options.problem() } -> std::convertible_to<std::string>;
+                }) {
+    return policy.options.problem();
+  } else {
+    return {};
+  }
+}
+}  // namespace traits
+
+}  // namespace kvsparse

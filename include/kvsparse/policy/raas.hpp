@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// RaaS: a reasoning model uses a milestone token for a while and then never again, so stamp each page with the last
+// step that used it and give up the page unused for longest. The prompt, to which attention returns after long silences
+// (phoenix tokens), is never given up. Source: Hu et al., ACL Findings 2025 (2502.11147), section 3.  Needs: page mass
+// (min/max summaries too under quest_bound). Per step: O(L d).  Memory: L tokens, prompt included; a stamp and a mass a
+// page. Departs from the paper: "used" is decided by the page's exact mass, not by Quest's bound on it, because all
+// resident pages are attended anyway and the bound refreshes junk; presets paper_v1 (bound > 1e-4) and paper_v2 (the
+// better half by bound) restore it. A group's page is used when any of its query heads uses it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <utility>
+
+#include "policy.hpp"
+
+namespace kvsparse {
+
+struct Raas {
+  static constexpr std::string_view name = "raas";
+  static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
+
+  enum class Used { alpha, rank };
+  enum class Evidenced { exact_mass, quest_bound };
+  static constexpr std::string_view names_of(Used) { return "alpha|rank"; }
+  static constexpr std::string_view names_of(Evidenced) { return "exact_mass|quest_bound"; }
+
+  struct Options {
+    Used used = Used::alpha;
+    double alpha = 0.01;  ///< used = alpha: a page is used when its score exceeds this
+    double r = 0.5;       ///< used = rank: the share of the evictable pages that count as used
+    Evidenced evidence = Evidenced::exact_mass;
+    bool pin_prompt = true;
+
+    void visit(auto&& field) {
+      field("used", used);
+      field("alpha", alpha);
+      field("r", r);
+      field("evidence", evidence);
+      field("pin_prompt", pin_prompt);
+    }
+    std::string problem() const {
+      if (!(alpha >= 0.0 && alpha <= 1.0)) return "alpha = " + std::to_string(alpha) + " is not in [0, 1]";
+      if (!(r >= 0.0 && r <= 1.0)) return "r = " + std::to_string(r) + " is not in [0, 1]";
+      return {};
+    }
+    static constexpr std::string_view presets = "paper_v1|paper_v2";
+    bool preset(std::string_view preset) {
+      if (preset != "paper_v1" && preset != "paper_v2") return false;
+      *this = {};
+      evidence = Evidenced::quest_bound;
+      if (preset == "paper_v1") alpha = 1e-4;
+      if (preset == "paper_v2") used = Used::rank;
+      return true;
+    }
+  } options;
+
+  struct PageState {
+    Position stamp;          // the last decode step that used the page
+    float last_mass = 0.0F;  // summed over the group, at the latest query that read the page
+  };
+  struct HeadState {
+    PagesUsed pages_used;
+  };
+
+  bool pin_prompt() const { return options.pin_prompt; }
+  PageSummary page_summary() const {
+    return options.evidence == Evidenced::quest_bound ? PageSummary::min_max : PageSummary::none;
+  }
+
+  void on_page_open(HeadView<Raas> head, PageIndex page) const {
+    head.state(page) = {.stamp = head.first_position(page), .last_mass = 0.0F};
+  }
+
+  PageIndex victim(HeadView<Raas> head) const {
+    return head.lowest_evictable(
+        [&](PageIndex page) { return std::pair(head.state(page).stamp, head.state(page).last_mass); });
+  }
+
+  void observe(HeadView<Raas> head, const Evidence& step) const {
+    for (const PageIndex page : head.pages()) {
+      if (step.visited(page)) head.state(page).last_mass = step.group_mass(page);
+    }
+    if (step.is_prompt()) return;
+    const UsedPages used = used_pages(head, step);
+    std::size_t ties = used.ties;
+    for (const PageIndex page : head.evictable_pages()) {
+      const double score = static_cast<double>(used.scores[page.value]);
+      const bool is_used = score > used.threshold || (score == used.threshold && ties > 0 && ties-- > 0);
+      ++head.head_state().pages_used.judged;
+      if (!is_used || !step.visited(page)) continue;
+      ++head.head_state().pages_used.used;
+      head.state(page).stamp = step.position();
+    }
+    if (head.has_open_page()) head.state(head.open_page()).stamp = step.position();
+  }
+
+  PagesUsed pages_used(HeadView<Raas> head) const { return head.head_state().pages_used; }
+  void on_clear(HeadView<Raas> head) const { head.head_state() = {}; }
+
+ private:
+  /// A page is used when its score exceeds the threshold, and so are the `ties` oldest evictable pages that equal it.
+  struct UsedPages {
+    std::span<const float> scores;
+    double threshold = 0.0;
+    std::size_t ties = 0;
+  };
+
+  UsedPages used_pages(HeadView<Raas> head, const Evidence& step) const {
+    const std::size_t pages = head.size();
+    const std::size_t group = step.group();
+    const std::span<float> bounds = head.scratch().first(pages * group);
+    const std::span<float> scores = head.scratch().subspan(pages * group, pages);
+    const std::span<float> ranked = head.scratch().subspan(pages * group + pages, pages);
+    if (options.evidence == Evidenced::quest_bound) {
+      head.upper_bounds(step.queries(), bounds);
+      softmax_scores(bounds, group, step.queries().scale, scores);
+    } else {
+      for (const PageIndex page : head.pages()) {
+        scores[page.value] = !step.visited(page)           ? -1.0F  // unknown: never used, last in the ranking
+                             : options.used == Used::alpha ? step.peak_mass(page)
+                                                           : step.group_mass(page);
+      }
+    }
+    if (options.used == Used::alpha) return {scores, options.alpha, 0};
+
+    std::size_t evictable = 0;
+    for (const PageIndex page : head.evictable_pages()) {
+      const float score = scores[page.value];
+      ranked[evictable++] = score == score ? score : -1.0F;  // nothing can be said of NaN
+    }
+    const auto used = static_cast<std::size_t>(std::ceil(options.r * static_cast<double>(evictable)));
+    if (used == 0) return {scores, 2.0, 0};  // above any share of a softmax
+    const auto last_used = ranked.begin() + static_cast<std::ptrdiff_t>(used - 1);
+    std::nth_element(ranked.begin(), last_used, ranked.begin() + static_cast<std::ptrdiff_t>(evictable),
+                     std::greater<>());
+    const float threshold = *last_used;
+    const auto above = std::count_if(ranked.begin(), last_used, [&](float score) { return score > threshold; });
+    return {scores, static_cast<double>(threshold), used - static_cast<std::size_t>(above)};
+  }
+
+  /// scores[page] = max over the group of the softmax over the resident pages of scale * bound.
+  static void softmax_scores(std::span<float> bounds, std::size_t group, float scale, std::span<float> scores) {
+    std::fill(scores.begin(), scores.end(), 0.0F);
+    for (std::size_t q = 0; q < group; ++q) {
+      float largest = bounds[q];
+      for (std::size_t i = q; i < bounds.size(); i += group) largest = std::max(largest, bounds[i]);
+      float sum = 0.0F;
+      for (std::size_t i = q; i < bounds.size(); i += group) {
+        bounds[i] = std::exp(scale * (bounds[i] - largest));
+        sum += bounds[i];
+      }
+      for (std::size_t page = 0; page < scores.size(); ++page) {
+        scores[page] = std::max(scores[page], bounds[page * group + q] / sum);
+      }
+    }
+  }
+};
+
+}  // namespace kvsparse
