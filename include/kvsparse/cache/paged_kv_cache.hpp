@@ -10,11 +10,10 @@
 #include <span>
 #include <vector>
 
-#include "../memory/page_pool.hpp"
-#include "../memory/page_summary.hpp"
 #include "../policy/contract_check.hpp"
 #include "cache_config.hpp"
 #include "head_store.hpp"
+#include "page_store.hpp"
 
 namespace kvsparse {
 
@@ -39,8 +38,7 @@ class PagedKvCache {
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     const std::size_t pages = plan.page_capacity * plan.geometry.kv_heads;
-    return PagePool<Scalar>::bytes_required(plan.geometry, pages) +
-           pages * PageSummaries<Scalar>::bytes_per_page(plan.geometry, traits::page_summary(policy)) +
+    return PageStore<Scalar>::bytes_required(plan.geometry, traits::page_summary(policy), pages) +
            plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy));
   }
 
@@ -159,8 +157,7 @@ class PagedKvCache {
 
   /// What one resident page of one kv head costs: keys, values, summary, policy state.
   std::size_t bytes_per_resident_page() const {
-    return PagePool<Scalar>::bytes_per_page(geometry()) +
-           PageSummaries<Scalar>::bytes_per_page(geometry(), store_.summaries.kind()) + Head::page_state_bytes;
+    return PageStore<Scalar>::bytes_per_page(geometry(), store_.summaries.kind()) + Head::page_state_bytes;
   }
 
   /// The positions a head holds, ascending. Allocates.
@@ -269,45 +266,16 @@ class PagedKvCache {
  private:
   using Head = detail::HeadStore<Policy>;
 
-  struct Store {
-    PagePool<Scalar> pool;
-    PageSummaries<Scalar> summaries;
-  };
-
   PagedKvCache(const CacheConfig& config, Policy policy, const detail::CachePlan& plan)
       : config_(config),
         policy_(policy),
-        context_{plan.geometry, config.layer, plan.page_capacity, plan.read_pages, row_access()},
+        context_{plan.geometry, config.layer, plan.page_capacity, plan.read_pages, PageStore<Scalar>::row_access()},
         scale_(plan.scale),
         sink_pages_(plan.sink_pages),
         decode_pages_(plan.decode_pages),
-        store_{PagePool<Scalar>(plan.geometry, plan.page_capacity * plan.geometry.kv_heads),
-               PageSummaries<Scalar>(plan.geometry, traits::page_summary(policy),
-                                     plan.page_capacity * plan.geometry.kv_heads)} {
+        store_(plan.geometry, traits::page_summary(policy), plan.page_capacity * plan.geometry.kv_heads) {
     heads_.reserve(plan.geometry.kv_heads);
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) heads_.push_back(Head(plan, policy));
-  }
-
-  static RowAccess row_access() {
-    RowAccess access;
-    access.load_key = [](const void* store, PageId page, Slot slot, std::span<float> row) {
-      load_row(static_cast<const Store*>(store)->pool.key_row(page, slot), row);
-    };
-    access.load_value = [](const void* store, PageId page, Slot slot, std::span<float> row) {
-      load_row(static_cast<const Store*>(store)->pool.value_row(page, slot), row);
-    };
-    access.load_bounds = [](const void* store, PageId page, std::span<float> lowest, std::span<float> highest) {
-      load_row(static_cast<const Store*>(store)->summaries.min(page), lowest);
-      load_row(static_cast<const Store*>(store)->summaries.max(page), highest);
-    };
-    access.load_key_sum = [](const void* store, PageId page, std::span<float> sum) {
-      std::copy_n(static_cast<const Store*>(store)->summaries.sum(page), sum.size(), sum.begin());
-    };
-    access.upper_bounds = [](const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
-                             std::span<float> padded_queries, std::span<float> bounds) {
-      page_upper_bounds(static_cast<const Store*>(store)->summaries, pages, queries, padded_queries, bounds);
-    };
-    return access;
   }
 
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
@@ -464,7 +432,7 @@ class PagedKvCache {
   float scale_;
   std::size_t sink_pages_;
   std::size_t decode_pages_;
-  Store store_;
+  PageStore<Scalar> store_;
   std::vector<Head> heads_;
   LayerState<Policy> layer_state_{};
   Position next_;

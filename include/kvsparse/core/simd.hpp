@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -161,11 +162,19 @@ KVSPARSE_INLINE float sum(Floats v) {
 #endif
 }
 
-KVSPARSE_INLINE float max_lane(Floats v) {
-  float result = v[0];
-  KVSPARSE_UNROLL
-  for (std::size_t i = 1; i < lanes; ++i) result = v[i] > result ? v[i] : result;
-  return result;
+namespace detail {
+
+template <std::size_t Distance, std::size_t... Lane>
+KVSPARSE_INLINE Floats exchange(Floats v, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(v, v, static_cast<int>(Lane ^ Distance)...);
+}
+
+}  // namespace detail
+
+/// Lane i receives lane i ^ Distance.
+template <std::size_t Distance>
+KVSPARSE_INLINE Floats exchange(Floats v) {
+  return detail::exchange<Distance>(v, std::make_index_sequence<lanes>{});
 }
 
 /// Where sum_each wants the vector whose sum shall come out in lane `lane`.

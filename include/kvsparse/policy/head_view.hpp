@@ -4,8 +4,10 @@
 // value.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <span>
@@ -180,6 +182,33 @@ class HeadPages {
       }
     }
     return lowest;
+  }
+
+  std::size_t evictable_count() const {
+    std::size_t count = 0;
+    for ([[maybe_unused]] const PageIndex page : evictable_pages()) ++count;
+    return count;
+  }
+
+  /// Calls visit(page) for the `count` evictable pages with the highest scores[page], oldest first; ties go to the
+  /// oldest, NaN counts as lowest. scores: [size()], and no part of the last size() floats of scratch(), which it
+  /// overwrites. O(size()).
+  template <class Visit>
+  void visit_highest_evictable(std::span<const float> scores, std::size_t count, Visit&& visit) const {
+    constexpr float lowest = std::numeric_limits<float>::lowest();
+    const auto score = [&](PageIndex page) { return scores[page.value] >= lowest ? scores[page.value] : lowest; };
+    const std::span<float> ranking = scratch().last(size());
+    std::size_t evictable = 0;
+    for (const PageIndex page : evictable_pages()) ranking[evictable++] = score(page);
+    count = count < evictable ? count : evictable;
+    if (count == 0) return;
+    float* const last = ranking.data() + count - 1;
+    std::nth_element(ranking.data(), last, ranking.data() + evictable, std::greater<>());
+    std::size_t ties = count - static_cast<std::size_t>(
+                                   std::count_if(ranking.data(), last, [&](float value) { return value > *last; }));
+    for (const PageIndex page : evictable_pages()) {
+      if (score(page) > *last || (score(page) == *last && ties > 0 && ties-- > 0)) visit(page);
+    }
   }
 
   // --- identity and limits ---

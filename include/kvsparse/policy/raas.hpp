@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <utility>
 
 #include "policy.hpp"
@@ -83,16 +82,24 @@ struct Raas {
       if (step.visited(page)) head.state(page).last_mass = step.group_mass(page);
     }
     if (step.is_prompt()) return;
-    const UsedPages used = used_pages(head, step);
-    std::size_t ties = used.ties;
-    for (const PageIndex page : head.evictable_pages()) {
-      const double score = static_cast<double>(used.scores[page.value]);
-      const bool is_used = score > used.threshold || (score == used.threshold && ties > 0 && ties-- > 0);
-      ++head.head_state().pages_used.judged;
-      if (!is_used || !step.visited(page)) continue;
-      ++head.head_state().pages_used.used;
+
+    PagesUsed& counted = head.head_state().pages_used;
+    const auto use = [&](PageIndex page) {
+      if (!step.visited(page)) return;
       head.state(page).stamp = step.position();
+      ++counted.used;
+    };
+    const std::span<const float> scores = score_pages(head, step);
+    const std::size_t evictable = head.evictable_count();
+    if (options.used == Used::rank) {
+      const auto used = static_cast<std::size_t>(std::ceil(options.r * static_cast<double>(evictable)));
+      head.visit_highest_evictable(scores, used, use);
+    } else {
+      for (const PageIndex page : head.evictable_pages()) {
+        if (static_cast<double>(scores[page.value]) > options.alpha) use(page);
+      }
     }
+    counted.judged += evictable;
     if (head.has_open_page()) head.state(head.open_page()).stamp = step.position();
   }
 
@@ -100,44 +107,21 @@ struct Raas {
   void on_clear(HeadView<Raas> head) const { head.head_state() = {}; }
 
  private:
-  /// A page is used when its score exceeds the threshold, and so are the `ties` oldest evictable pages that equal it.
-  struct UsedPages {
-    std::span<const float> scores;
-    double threshold = 0.0;
-    std::size_t ties = 0;
-  };
-
-  UsedPages used_pages(HeadView<Raas> head, const Evidence& step) const {
-    const std::size_t pages = head.size();
-    const std::size_t group = step.group();
-    const std::span<float> bounds = head.scratch().first(pages * group);
-    const std::span<float> scores = head.scratch().subspan(pages * group, pages);
-    const std::span<float> ranked = head.scratch().subspan(pages * group + pages, pages);
+  /// What is ranked or compared with alpha, [resident pages]; under exact mass -1 for a page that was not read.
+  std::span<const float> score_pages(HeadView<Raas> head, const Evidence& step) const {
+    const std::span<float> scores = head.scratch().first(head.size());
     if (options.evidence == Evidenced::quest_bound) {
+      const std::span<float> bounds = head.scratch().subspan(head.size(), head.size() * step.group());
       head.upper_bounds(step.queries(), bounds);
-      softmax_scores(bounds, group, step.queries().scale, scores);
-    } else {
-      for (const PageIndex page : head.pages()) {
-        scores[page.value] = !step.visited(page)           ? -1.0F  // unknown: never used, last in the ranking
-                             : options.used == Used::alpha ? step.peak_mass(page)
-                                                           : step.group_mass(page);
-      }
+      softmax_scores(bounds, step.group(), step.queries().scale, scores);
+      return scores;
     }
-    if (options.used == Used::alpha) return {scores, options.alpha, 0};
-
-    std::size_t evictable = 0;
-    for (const PageIndex page : head.evictable_pages()) {
-      const float score = scores[page.value];
-      ranked[evictable++] = score == score ? score : -1.0F;  // nothing can be said of NaN
+    for (const PageIndex page : head.pages()) {
+      scores[page.value] = !step.visited(page)           ? -1.0F
+                           : options.used == Used::alpha ? step.peak_mass(page)
+                                                         : step.group_mass(page);
     }
-    const auto used = static_cast<std::size_t>(std::ceil(options.r * static_cast<double>(evictable)));
-    if (used == 0) return {scores, 2.0, 0};  // above any share of a softmax
-    const auto last_used = ranked.begin() + static_cast<std::ptrdiff_t>(used - 1);
-    std::nth_element(ranked.begin(), last_used, ranked.begin() + static_cast<std::ptrdiff_t>(evictable),
-                     std::greater<>());
-    const float threshold = *last_used;
-    const auto above = std::count_if(ranked.begin(), last_used, [&](float score) { return score > threshold; });
-    return {scores, static_cast<double>(threshold), used - static_cast<std::size_t>(above)};
+    return scores;
   }
 
   /// scores[page] = max over the group of the softmax over the resident pages of scale * bound.
