@@ -7,6 +7,7 @@
 #include <span>
 
 #include "../attention/page_kernel.hpp"
+#include "../core/shape_check.hpp"
 #include "paged_kv_cache.hpp"
 
 namespace kvsparse {
@@ -115,8 +116,8 @@ Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, Head
               std::span<float> log_sum_exp = {}) noexcept {
   const std::size_t query_heads = cache.geometry().query_heads;
   if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = cache.check_heads(q, query_heads); !status) return status;
-  if (const Status status = cache.check_heads(out, query_heads); !status) return status;
+  if (const Status status = check_rows(q, query_heads, cache.geometry()); !status) return status;
+  if (const Status status = check_rows(out, query_heads, cache.geometry()); !status) return status;
   if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
     return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
   }
@@ -128,8 +129,8 @@ template <class Policy, StorageScalar Scalar>
 Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std::span<float> out,
               std::span<float> log_sum_exp = {}) noexcept {
   const Geometry& geometry = cache.geometry();
-  if (const Status status = cache.check_size(q.size(), geometry.query_heads); !status) return status;
-  if (const Status status = cache.check_size(out.size(), geometry.query_heads); !status) return status;
+  if (const Status status = check_size(q.size(), geometry.query_heads, geometry); !status) return status;
+  if (const Status status = check_size(out.size(), geometry.query_heads, geometry); !status) return status;
   return attend(cache, HeadRows<const float>(q.data(), geometry.query_heads, geometry.head_dim),
                 HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp);
 }
@@ -143,8 +144,8 @@ Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float>
   if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
   if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
   if (q.tokens == 0) return {};
-  if (const Status status = cache.check_heads(q.token(0), cache.geometry().query_heads); !status) return status;
-  if (const Status status = cache.check_heads(out.token(0), cache.geometry().query_heads); !status) return status;
+  if (const Status status = check_rows(q, cache.geometry().query_heads, cache.geometry()); !status) return status;
+  if (const Status status = check_rows(out, cache.geometry().query_heads, cache.geometry()); !status) return status;
   for (std::size_t token = 0; token < q.tokens; ++token) {
     const Position end = Position{0} + (length - q.tokens + token + 1);
     detail::attend_all_heads(cache, q.token(token), out.token(token), nullptr, end);

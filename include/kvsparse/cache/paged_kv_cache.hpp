@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "../core/shape_check.hpp"
 #include "../policy/contract_check.hpp"
 #include "cache_config.hpp"
 #include "head_store.hpp"
@@ -65,8 +66,8 @@ class PagedKvCache {
   requires(std::same_as<Row, float> || std::same_as<Row, Scalar>) Status
       append(HeadRows<const Row> k, HeadRows<const Row> v)
   noexcept {
-    if (const Status status = check_rows(k); !status) return status;
-    if (const Status status = check_rows(v); !status) return status;
+    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_room(1); !status) return status;
     finish_prompt();
     store_token(k, v);
@@ -75,8 +76,8 @@ class PagedKvCache {
   }
   /// The same from contiguous [kv_heads * head_dim] floats.
   Status append(std::span<const float> k, std::span<const float> v) noexcept {
-    if (const Status status = check_size(k.size(), geometry().kv_heads); !status) return status;
-    if (const Status status = check_size(v.size(), geometry().kv_heads); !status) return status;
+    if (const Status status = check_size(k.size(), geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_size(v.size(), geometry().kv_heads, geometry()); !status) return status;
     return append(key_rows(k), key_rows(v));
   }
 
@@ -88,8 +89,8 @@ class PagedKvCache {
     using Code = Status::Code;
     if (prompt_ended_) return {Code::prompt_ended, next_index(), prompt_tokens_};
     if (k.tokens != v.tokens) return {Code::wrong_tokens, v.tokens, k.tokens};
-    if (const Status status = check_rows(HeadRows<const Row>(k.data, k.heads, k.head_dim)); !status) return status;
-    if (const Status status = check_rows(HeadRows<const Row>(v.data, v.heads, v.head_dim)); !status) return status;
+    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_room(k.tokens); !status) return status;
     if (traits::pin_prompt(policy_) && config_.prompt_overflow != PromptOverflow::unpin_middle) {
       const std::size_t pinned = std::max(sink_pages_, geometry().pages_for(prompt_tokens_ + k.tokens));
@@ -250,19 +251,6 @@ class PagedKvCache {
   /// Working memory of attend() for one head: padded queries, accumulators, states.
   detail::AttendScratch& scratch(std::size_t kv_head) { return heads_[kv_head].attend_scratch; }
 
-  // --- exact shape checks, shared with attend ---
-
-  Status check_size(std::size_t elements, std::size_t heads) const {
-    const std::size_t expected = heads * geometry().head_dim;
-    return elements == expected ? Status{} : Status{Status::Code::wrong_size, elements, expected};
-  }
-  template <class Row>
-  Status check_heads(const HeadRows<Row>& rows, std::size_t heads) const {
-    if (rows.heads != heads) return {Status::Code::wrong_heads, rows.heads, heads};
-    if (rows.head_dim != geometry().head_dim) return {Status::Code::wrong_head_dim, rows.head_dim, geometry().head_dim};
-    return {};
-  }
-
  private:
   using Head = detail::HeadStore<Policy>;
 
@@ -281,10 +269,6 @@ class PagedKvCache {
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
   HeadRows<const float> key_rows(std::span<const float> flat) const {
     return {flat.data(), geometry().kv_heads, geometry().head_dim};
-  }
-  template <class Row>
-  Status check_rows(const HeadRows<Row>& rows) const {
-    return check_heads(rows, geometry().kv_heads);
   }
   Status check_room(std::size_t tokens) const {
     if constexpr (!Evictor<Policy>) {
