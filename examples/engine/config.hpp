@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// config.json of a Hugging Face model directory: Llama and Qwen2. What the engine does not implement is refused here,
+// with a sentence, because a model that decodes nonsense is worse than one that does not load.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../common/file_error.hpp"
+#include "../common/untrusted_json.hpp"
+
+namespace kvsparse_tools {
+
+/// "llama3" RoPE scaling: long wavelengths are stretched by `factor`, short ones are kept, those between are blended.
+struct RopeScaling {
+  double factor = 1.0;
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  double original_positions = 8192.0;
+};
+
+struct ModelConfig {
+  std::string model_type;
+  std::size_t vocab_size = 0;
+  std::size_t hidden_size = 0;
+  std::size_t intermediate_size = 0;
+  std::size_t layers = 0;
+  std::size_t query_heads = 0;
+  std::size_t kv_heads = 0;
+  std::size_t head_dim = 0;
+  std::size_t max_positions = 0;  // 0: the file does not say
+  double rope_theta = 10000.0;
+  std::optional<RopeScaling> rope_scaling;
+  float rms_norm_eps = 1e-6F;
+  bool tied_embeddings = false;
+  bool qkv_bias = false;
+  bool output_bias = false;
+  bool mlp_bias = false;
+  std::vector<std::uint64_t> eos_tokens;  // empty: only the token limit ends a sequence
+};
+
+/// Typed access to a JSON object of a named file. A key that is null counts as absent, as in the files' own tools.
+class JsonFields {
+ public:
+  JsonFields(const nlohmann::json& object, std::filesystem::path file, std::string where = "")
+      : object_(object), file_(std::move(file)), where_(std::move(where)) {
+    if (!object_.is_object()) throw FileError(file_, (where_.empty() ? "" : where_ + " ") + "is not a JSON object");
+  }
+
+  const nlohmann::json* find(const std::string& key) const {
+    const auto found = object_.find(key);
+    return found == object_.end() || found->is_null() ? nullptr : &*found;
+  }
+
+  std::optional<std::size_t> size(const std::string& key) const {
+    constexpr std::uint64_t limit = std::uint64_t{1} << 24;  // far beyond any model; keeps products within 64 bits
+    const nlohmann::json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    if (!value->is_number_unsigned() || value->get<std::uint64_t>() == 0 || value->get<std::uint64_t>() > limit) {
+      refuse(key, *value, "an integer from 1 to " + std::to_string(limit) + " was expected");
+    }
+    return static_cast<std::size_t>(value->get<std::uint64_t>());
+  }
+
+  std::size_t required_size(const std::string& key) const {
+    const auto value = size(key);
+    if (!value) fail("has no " + key);
+    return *value;
+  }
+
+  std::optional<double> positive_number(const std::string& key) const {
+    const nlohmann::json* value = find(key);
+    if (value == nullptr) return std::nullopt;
+    if (!value->is_number() || !(value->get<double>() > 0.0)) refuse(key, *value, "a positive number was expected");
+    return value->get<double>();
+  }
+
+  double required_number(const std::string& key) const {
+    const auto value = positive_number(key);
+    if (!value) fail("has no " + key);
+    return *value;
+  }
+
+  bool flag(const std::string& key, bool otherwise) const {
+    const nlohmann::json* value = find(key);
+    if (value == nullptr) return otherwise;
+    if (!value->is_boolean()) refuse(key, *value, "true or false was expected");
+    return value->get<bool>();
+  }
+
+  std::string text(const std::string& key, const std::string& otherwise) const {
+    const nlohmann::json* value = find(key);
+    if (value == nullptr) return otherwise;
+    if (!value->is_string()) refuse(key, *value, "a string was expected");
+    return value->get<std::string>();
+  }
+
+  [[noreturn]] void refuse(const std::string& key, const nlohmann::json& value, const std::string& reason) const {
+    fail(key + " is " + in_quotes(value.dump()) + ", " + reason);
+  }
+  [[noreturn]] void fail(const std::string& problem) const {
+    throw FileError(file_, (where_.empty() ? "" : where_ + " ") + problem);
+  }
+
+ private:
+  const nlohmann::json& object_;
+  std::filesystem::path file_;
+  std::string where_;
+};
+
+namespace detail {
+
+inline void read_rope(const JsonFields& fields, const nlohmann::json& json, const std::filesystem::path& file,
+                      ModelConfig& config) {
+  // transformers 5 moved rope_theta and rope_scaling into one object, rope_parameters.
+  const std::string key = fields.find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
+  config.rope_theta = fields.positive_number("rope_theta").value_or(10000.0);
+  if (fields.find(key) == nullptr) return;
+  const JsonFields rope(json.at(key), file, key);
+  config.rope_theta = rope.positive_number("rope_theta").value_or(config.rope_theta);
+  const std::string type = rope.text("rope_type", rope.text("type", "default"));
+  if (rope.positive_number("partial_rotary_factor").value_or(1.0) != 1.0)
+    rope.fail("asks for partial rotation, which this engine does not have");
+  if (type == "default") return;
+  if (type != "llama3") rope.fail("is of type " + in_quotes(type) + "; this engine has 'default' and 'llama3'");
+  RopeScaling scaling;
+  scaling.factor = rope.required_number("factor");
+  scaling.low_freq_factor = rope.required_number("low_freq_factor");
+  scaling.high_freq_factor = rope.required_number("high_freq_factor");
+  scaling.original_positions = rope.required_number("original_max_position_embeddings");
+  if (scaling.high_freq_factor <= scaling.low_freq_factor)
+    rope.fail("has a high_freq_factor not above its low_freq_factor");
+  config.rope_scaling = scaling;
+}
+
+inline std::vector<std::uint64_t> read_eos_tokens(const JsonFields& fields) {
+  const nlohmann::json* value = fields.find("eos_token_id");
+  if (value == nullptr) return {};
+  std::vector<std::uint64_t> tokens;
+  const nlohmann::json list = value->is_array() ? *value : nlohmann::json::array({*value});
+  for (const nlohmann::json& token : list) {
+    if (!token.is_number_unsigned()) fields.refuse("eos_token_id", *value, "a token id or a list of them was expected");
+    tokens.push_back(token.get<std::uint64_t>());
+  }
+  return tokens;
+}
+
+inline void refuse_unsupported(const JsonFields& fields, const ModelConfig& config) {
+  if (config.model_type != "llama" && config.model_type != "qwen2") {
+    fields.fail("model_type is " + in_quotes(config.model_type) + "; this engine reads 'llama' and 'qwen2'");
+  }
+  if (const auto act = fields.text("hidden_act", "silu"); act != "silu" && act != "swish") {
+    fields.fail("hidden_act is " + in_quotes(act) + "; this engine has 'silu'");
+  }
+  if (fields.find("quantization_config") != nullptr) {
+    fields.fail("has a quantization_config; this engine reads f32, f16 and bf16 weights");
+  }
+  if (fields.positive_number("partial_rotary_factor").value_or(1.0) != 1.0) {
+    fields.fail("partial_rotary_factor is not 1; this engine rotates whole heads");
+  }
+  // Qwen2 files name a sliding_window even when use_sliding_window is false.
+  const bool sliding = config.model_type == "qwen2" ? fields.flag("use_sliding_window", false)
+                                                    : fields.find("sliding_window") != nullptr;
+  if (sliding) fields.fail("uses sliding-window attention, which this engine does not have");
+}
+
+}  // namespace detail
+
+/// Reads and checks DIR/config.json. Throws FileError.
+inline ModelConfig load_model_config(const std::filesystem::path& directory) {
+  const std::filesystem::path file = directory / "config.json";
+  const nlohmann::json json = parse_untrusted_json(read_text_file(file, std::uint64_t{1} << 24), file, 32);
+  const JsonFields fields(json, file);
+  ModelConfig config;
+  config.model_type = fields.text("model_type", "");
+  detail::refuse_unsupported(fields, config);
+  config.vocab_size = fields.required_size("vocab_size");
+  config.hidden_size = fields.required_size("hidden_size");
+  config.intermediate_size = fields.required_size("intermediate_size");
+  config.layers = fields.required_size("num_hidden_layers");
+  config.query_heads = fields.required_size("num_attention_heads");
+  config.kv_heads = fields.size("num_key_value_heads").value_or(config.query_heads);
+  if (config.query_heads % config.kv_heads != 0) {
+    fields.fail("num_attention_heads " + std::to_string(config.query_heads) +
+                " is not a multiple of num_key_value_heads " + std::to_string(config.kv_heads));
+  }
+  const auto head_dim = fields.size("head_dim");
+  if (!head_dim && config.hidden_size % config.query_heads != 0) {
+    fields.fail("has no head_dim, and hidden_size " + std::to_string(config.hidden_size) +
+                " is not a multiple of num_attention_heads " + std::to_string(config.query_heads));
+  }
+  config.head_dim = head_dim.value_or(config.hidden_size / config.query_heads);
+  if (config.head_dim % 2 != 0) {
+    fields.fail("head_dim is " + std::to_string(config.head_dim) + ", RoPE needs an even one");
+  }
+  config.max_positions = fields.size("max_position_embeddings").value_or(0);
+  detail::read_rope(fields, json, file, config);
+  config.rms_norm_eps = static_cast<float>(fields.positive_number("rms_norm_eps").value_or(1e-6));
+  config.tied_embeddings = fields.flag("tie_word_embeddings", false);
+  const bool attention_bias = config.model_type == "llama" && fields.flag("attention_bias", false);
+  config.qkv_bias = config.model_type == "qwen2" || attention_bias;
+  config.output_bias = attention_bias;
+  config.mlp_bias = config.model_type == "llama" && fields.flag("mlp_bias", false);
+  config.eos_tokens = detail::read_eos_tokens(fields);
+  return config;
+}
+
+}  // namespace kvsparse_tools

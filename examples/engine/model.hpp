@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// The weights of a Llama-architecture decoder. A Model never changes once loaded, so any number of decoders, on any
+// number of threads, can share one.
+#pragma once
+
+#include <Eigen/Core>
+#include <cmath>
+#include <cstddef>
+#include <filesystem>
+#include <numbers>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../common/progress.hpp"
+#include "checkpoint.hpp"
+#include "config.hpp"
+
+namespace kvsparse_tools {
+
+using Vector = Eigen::VectorXf;
+using ConstVectorMap = Eigen::Map<const Eigen::VectorXf>;
+
+/// y = W x + b. Weights are kept as float32 whatever the file holds.
+class Linear {
+ public:
+  Linear(std::size_t outputs, std::size_t inputs, std::vector<float> weight, std::vector<float> bias = {})
+      : outputs_(outputs), inputs_(inputs), weight_(std::move(weight)), bias_(std::move(bias)) {}
+
+  /// `y` must have the right size already.
+  void apply(const Vector& x, Vector& y) const {
+    y.noalias() = matrix() * x;
+    if (!bias_.empty()) y += ConstVectorMap(bias_.data(), y.size());
+  }
+
+  ConstVectorMap row(std::size_t index) const {
+    return {weight_.data() + index * inputs_, static_cast<Eigen::Index>(inputs_)};
+  }
+
+ private:
+  using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+  Eigen::Map<const RowMajor> matrix() const {
+    return {weight_.data(), static_cast<Eigen::Index>(outputs_), static_cast<Eigen::Index>(inputs_)};
+  }
+
+  std::size_t outputs_;
+  std::size_t inputs_;
+  std::vector<float> weight_;  // [outputs, inputs]
+  std::vector<float> bias_;    // empty: none
+};
+
+class RmsNorm {
+ public:
+  RmsNorm(std::vector<float> weight, float epsilon) : weight_(std::move(weight)), epsilon_(epsilon) {}
+
+  void apply(const Vector& x, Vector& y) const {
+    const float mean_square = x.squaredNorm() / static_cast<float>(x.size());
+    y = (x * (1.0F / std::sqrt(mean_square + epsilon_))).cwiseProduct(ConstVectorMap(weight_.data(), x.size()));
+  }
+
+ private:
+  std::vector<float> weight_;
+  float epsilon_;
+};
+
+struct LayerWeights {
+  RmsNorm attention_norm;
+  Linear query, key, value, output;
+  RmsNorm mlp_norm;
+  Linear gate, up, down;
+};
+
+/// Radians that each pair of a head's dimensions turns per position.
+inline std::vector<double> rope_frequencies(const ModelConfig& config) {
+  std::vector<double> frequencies(config.head_dim / 2);
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    const double exponent = 2.0 * static_cast<double>(i) / static_cast<double>(config.head_dim);
+    double frequency = std::pow(config.rope_theta, -exponent);
+    if (const auto& scaling = config.rope_scaling) {
+      // How many whole turns this pair makes within the length the model was first trained on.
+      const double turns = scaling->original_positions * frequency / (2.0 * std::numbers::pi);
+      const double keep = (turns - scaling->low_freq_factor) / (scaling->high_freq_factor - scaling->low_freq_factor);
+      const double share = std::min(1.0, std::max(0.0, keep));
+      frequency *= share + (1.0 - share) / scaling->factor;
+    }
+    frequencies[i] = frequency;
+  }
+  return frequencies;
+}
+
+class Model {
+ public:
+  /// Loads config.json and the weights of a Hugging Face model directory. Throws FileError.
+  explicit Model(const std::filesystem::path& directory) : Model(load_model_config(directory), directory) {}
+
+  const ModelConfig& config() const { return config_; }
+  const std::vector<LayerWeights>& layers() const { return layers_; }
+  const std::vector<double>& rope() const { return rope_; }
+  const RmsNorm& final_norm() const { return final_norm_; }
+  ConstVectorMap embedding(std::size_t token) const { return embedding_.row(token); }
+  const Linear& head() const { return head_ ? *head_ : embedding_; }
+
+ private:
+  Model(const ModelConfig& config, const std::filesystem::path& directory) : Model(config, Checkpoint(directory)) {}
+
+  Model(const ModelConfig& config, const Checkpoint& checkpoint)
+      : config_(config),
+        rope_(rope_frequencies(config)),
+        embedding_(linear(checkpoint, "model.embed_tokens", config.vocab_size, config.hidden_size, false)),
+        final_norm_(norm(checkpoint, "model.norm")) {
+    if (!config.tied_embeddings) {
+      if (!checkpoint.contains("lm_head.weight")) {
+        checkpoint.fail("has no tensor 'lm_head.weight', and config.json does not set tie_word_embeddings to true");
+      }
+      head_.emplace(linear(checkpoint, "lm_head", config.vocab_size, config.hidden_size, false));
+    }
+    ProgressBar progress("loading", config.layers);
+    layers_.reserve(std::min<std::size_t>(config.layers, 1024));  // the count comes from a stranger's file
+    for (std::size_t layer = 0; layer < config.layers; ++layer) {
+      layers_.push_back(load_layer(checkpoint, "model.layers." + std::to_string(layer) + "."));
+      progress.update(layer + 1);
+    }
+  }
+
+  LayerWeights load_layer(const Checkpoint& file, const std::string& prefix) const {
+    const ModelConfig& c = config_;
+    const std::size_t query_width = c.query_heads * c.head_dim;
+    const std::size_t kv_width = c.kv_heads * c.head_dim;
+    return {norm(file, prefix + "input_layernorm"),
+            linear(file, prefix + "self_attn.q_proj", query_width, c.hidden_size, c.qkv_bias),
+            linear(file, prefix + "self_attn.k_proj", kv_width, c.hidden_size, c.qkv_bias),
+            linear(file, prefix + "self_attn.v_proj", kv_width, c.hidden_size, c.qkv_bias),
+            linear(file, prefix + "self_attn.o_proj", c.hidden_size, query_width, c.output_bias),
+            norm(file, prefix + "post_attention_layernorm"),
+            linear(file, prefix + "mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
+            linear(file, prefix + "mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
+            linear(file, prefix + "mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)};
+  }
+
+  RmsNorm norm(const Checkpoint& file, const std::string& name) const {
+    return {file.read(name + ".weight", {config_.hidden_size}), config_.rms_norm_eps};
+  }
+
+  static Linear linear(const Checkpoint& file, const std::string& name, std::size_t outputs, std::size_t inputs,
+                       bool with_bias) {
+    std::vector<float> weight = file.read(name + ".weight", {outputs, inputs});
+    std::vector<float> bias = with_bias ? file.read(name + ".bias", {outputs}) : std::vector<float>{};
+    return {outputs, inputs, std::move(weight), std::move(bias)};
+  }
+
+  ModelConfig config_;
+  std::vector<double> rope_;
+  Linear embedding_;
+  RmsNorm final_norm_;
+  std::optional<Linear> head_;  // empty: tied to the embedding
+  std::vector<LayerWeights> layers_;
+};
+
+}  // namespace kvsparse_tools
