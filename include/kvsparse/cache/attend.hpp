@@ -63,8 +63,8 @@ template <class Cache>
 void attend_head(Cache& cache, std::size_t kv_head, QueryGroup group, Position end, HeadRows<float> out, float* lse) {
   AttendScratch& scratch = cache.scratch(kv_head);
   const std::size_t row = round_up(group.head_dim, query_padding);
-  const std::size_t block = cache.queries_per_selection();
   cache.begin_query(kv_head, end);
+  const std::size_t block = cache.queries_per_selection(kv_head);
   pad_queries(group, 0, 0.0, scratch.queries.data(), row);
   std::fill(scratch.accumulators.begin(), scratch.accumulators.end(), 0.0F);
   for (std::size_t q = 0; q < group.size; ++q) {

@@ -126,6 +126,13 @@ struct HeadStore {
     if (!read_masks.empty()) std::fill(read_masks.begin(), read_masks.end(), std::uint64_t{0});
   }
 
+  /// Pages that the running query may see.
+  std::size_t visible_pages() const {
+    std::size_t pages = table.size();
+    while (pages > 0 && table[{static_cast<std::uint32_t>(pages - 1)}].first_position >= query_end) --pages;
+    return pages;
+  }
+
   void add_read(const HeadView<Policy>& pages, const SelectedPage& selected) {
     const ResidentPage& page = table[selected.page];
     reads[read_count++] = {page.page,
@@ -176,9 +183,16 @@ struct HeadStore {
   }
 
   void finish_query(QueryGroup group) {
-    std::size_t visible = 0;
-    for (std::uint32_t page = 0; page < table.size(); ++page) visible += table[{page}].tokens;
-    skipped_tokens = visible > read_tokens ? visible - read_tokens : 0;
+    skipped_tokens = 0;
+    for (std::uint32_t page = 0; page < table.size(); ++page) {
+      if (was_read_[page] == 0) {
+        skipped_tokens += table[{page}].tokens;
+      } else if (!read_masks.empty()) {
+        for (std::uint32_t slot = 0; slot < table[{page}].tokens; ++slot) {
+          skipped_tokens += was_read({page}, {slot}) ? 0 : 1;
+        }
+      }
+    }
     if (query_window.empty()) return;
     const std::size_t row = group.size * group.head_dim;
     float* at = query_window.data() + (queries_seen % (query_window.size() / row)) * row;
@@ -187,12 +201,10 @@ struct HeadStore {
   }
 
   Evidence evidence(QueryGroup group, bool is_prompt, std::size_t page_size) const {
-    std::size_t resident = table.size();
-    while (resident > 0 && table[{static_cast<std::uint32_t>(resident - 1)}].first_position >= query_end) --resident;
     return Evidence({{query_end.value - 1},
                      is_prompt,
                      group,
-                     resident,
+                     visible_pages(),
                      page_size,
                      mass.data(),
                      largest_token.empty() ? nullptr : largest_token.data(),

@@ -180,8 +180,11 @@ class PagedKvCache {
   void begin_query(std::size_t kv_head, Position end) noexcept { heads_[kv_head].begin_query(end, geometry().group()); }
 
   /// How many query heads a selection serves: the whole group, or one when the policy selects for each query head.
-  std::size_t queries_per_selection() const {
-    return traits::selection(policy_) == SelectionScope::kv_head ? geometry().group() : 1;
+  /// While no more pages are resident than the read budget allows, everything is read, group by group, as Dense reads
+  /// it.
+  std::size_t queries_per_selection(std::size_t kv_head) const {
+    const bool together = reads_all(kv_head) || traits::selection(policy_) == SelectionScope::kv_head;
+    return together ? geometry().group() : 1;
   }
 
   /// The pages that these queries read, in position order. Valid until the head's next select, append or clear.
@@ -190,13 +193,15 @@ class PagedKvCache {
     const HeadView<Policy> pages = view(kv_head, head.query_end, true);
     head.read_count = 0;
     if constexpr (Selector<Policy>) {
-      head.selection.begin(pages.size());
-      policy_.select(pages, queries, head.selection);
-      head.selection.sort_by_position();
-      for (const SelectedPage& selected : head.selection.pages()) head.add_read(pages, selected);
-    } else {
-      for (const PageIndex page : pages.pages()) head.add_read(pages, {page, {}, 0.0F, 0.0F, 0});
+      if (!reads_all(kv_head)) {
+        head.selection.begin(pages.size());
+        policy_.select(pages, queries, head.selection);
+        head.selection.sort_by_position();
+        for (const SelectedPage& selected : head.selection.pages()) head.add_read(pages, selected);
+        return {head.reads.data(), head.read_count};
+      }
     }
+    for (const PageIndex page : pages.pages()) head.add_read(pages, {page, {}, 0.0F, 0.0F, 0});
     return {head.reads.data(), head.read_count};
   }
 
@@ -206,6 +211,7 @@ class PagedKvCache {
     Head& head = heads_[kv_head];
     const std::size_t before = head.read_count;
     if constexpr (RepeatedSelector<Policy>) {
+      if (reads_all(kv_head)) return {};
       const HeadView<Policy> pages = view(kv_head, head.query_end, true);
       const std::size_t selected_before = head.selection.pages().size();
       policy_.select_more(pages, queries, states, head.selection);
@@ -218,7 +224,7 @@ class PagedKvCache {
 
   /// Where the kernel leaves its evidence for the reads selected last, from the first_read-th on; empty if nobody asks.
   PageTap tap(std::size_t kv_head, std::size_t first_read = 0) noexcept {
-    return heads_[kv_head].tap(first_read, queries_per_selection(), geometry().page_size);
+    return heads_[kv_head].tap(first_read, queries_per_selection(kv_head), geometry().page_size);
   }
 
   /// Lets the policy add what its summaries of evicted tokens stand for.
@@ -266,6 +272,9 @@ class PagedKvCache {
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) heads_.push_back(Head(plan, policy));
   }
 
+  bool reads_all(std::size_t kv_head) const {
+    return !Selector<Policy> || heads_[kv_head].visible_pages() <= context_.read_page_budget;
+  }
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
   HeadRows<const float> key_rows(std::span<const float> flat) const {
     return {flat.data(), geometry().kv_heads, geometry().head_dim};

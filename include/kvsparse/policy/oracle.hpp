@@ -21,8 +21,6 @@ struct Oracle {
     const std::size_t budget = head.read_page_budget() * head.page_size();
     std::size_t tokens = 0;
     for (const PageIndex page : head.pages()) tokens += head.tokens(page);
-    if (tokens <= budget) return reads.add_all();
-
     const std::span<float> key = head.scratch().first(head.head_dim());
     const std::span<float> logits = head.scratch().subspan(key.size(), tokens);
     const std::span<float> ranked = head.scratch().subspan(key.size() + tokens, tokens);

@@ -33,8 +33,9 @@
 //   on_page_full(HeadView<P>, PageIndex)          its last slot was stored
 //   on_prompt_end(HeadView<P>)                    once, before the first decode token
 //   on_clear(HeadView<P>)                         the head was emptied; head state is kept: reset it here
-//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. The open page is
-//                                                 always resident; add it unless the algorithm says otherwise.
+//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. Called when more
+//   pages
+//                                                 are resident than read_page_budget(); below it everything is read
 //   select_more(HeadView<P>, QueryGroup, std::span<const SoftmaxState>, Selection&)
 //                                                 more pages, given the softmax so far; called until it adds nothing
 //   observe(HeadView<P>, const Evidence&)         after a query attended

@@ -30,9 +30,6 @@ struct Quest {
   }
 
   void select(HeadView<Quest> head, QueryGroup queries, Selection& selection) const {
-    const std::size_t pages = head.read_page_budget();
-    if (head.size() <= pages) return selection.add_all();
-
     const std::span<float> bounds = head.scratch().first(head.size() * queries.size);
     const std::span<float> pooled = head.scratch().subspan(bounds.size(), head.size());
     head.upper_bounds(queries, bounds);
@@ -41,7 +38,7 @@ struct Quest {
       pooled[page.value] = *std::max_element(of_page.begin(), of_page.end());
     }
     selection.add(head.open_page());
-    selection.add_highest(pooled, pages - 1);
+    selection.add_highest(pooled, head.read_page_budget() - 1);
   }
 };
 
