@@ -37,8 +37,9 @@ def run(arguments, show):
 
 
 def command(decode, model, problem, json_file, policies, *more):
-    return [decode, "--model", model, "--compare", ",".join(policies), "--budget", str(BUDGET), "--page-size", str(PAGE_SIZE),
-            "--max-new", str(len(problem["chain"].split())), "--json", str(json_file), *more, "--prompt", problem["prompt"]]
+    return [decode, "--model", model, "--compare", ",".join(policies), "--budget", str(BUDGET),
+            "--page-size", str(PAGE_SIZE), "--max-new", str(len(problem["chain"].split())),
+            "--json", str(json_file), *more, "--prompt", problem["prompt"]]
 
 
 def lines_of(text):
@@ -64,18 +65,20 @@ def one_problem(decode, model, problem, output):
 A small Llama-architecture model (310 thousand parameters) has been trained to work through chains like this one.
 Its prompt is {len(words)} words, one token each:
     {' '.join(words[:24])} ... {' '.join(words[-5:])}
-It gives six values ("{words[1]} {words[2]}": {words[1]} is {words[2]}), names for each of {steps} steps the earlier fact that it uses
-("{words[13]} {words[14]}": step {words[13]} uses {words[14]}), and ends with the value to start from ("{words[-3]} {words[-2]}"). The model must write {steps} lines, {steps * LINE_TOKENS} tokens:
+It gives six values ("{words[1]} {words[2]}": {words[1]} is {words[2]}), names for each of {steps} steps the earlier
+fact that it uses ("{words[13]} {words[14]}": step {words[13]} uses {words[14]}), and ends with the value to start from
+("{words[-3]} {words[-2]}"). The model must write {steps} lines, {steps * LINE_TOKENS} tokens:
     {lines_of(problem['chain'])[0]}
     {lines_of(problem['chain'])[1]} ...
-Every line's result is the previous result plus the fact's value, modulo 10. So every line has to find its own entry in
-the prompt, and the fact's value wherever that was written, perhaps hundreds of tokens ago. One lost token ruins the rest.
+Every line's result is the previous result plus the fact's value, modulo 10. So every line has to find its own entry
+in the prompt, and the fact's value wherever that was written, perhaps hundreds of tokens ago. One wrong line ruins what
+follows.
 The answer is the last result; a guess is right one time in ten.""")
 
     heading("The policies")
     print(f"""\
-The model keeps keys and values of what it has read: {len(words) + steps * LINE_TOKENS} tokens in the end, per layer and kv head. Every policy but
-dense and quest has to make do with {BUDGET} of them, in pages of {PAGE_SIZE}:""")
+The model keeps keys and values of what it has read: {len(words) + steps * LINE_TOKENS} tokens in the end, per layer
+and kv head. Every policy but dense and quest has to make do with {BUDGET} of them, in pages of {PAGE_SIZE}:""")
     for name, meaning in POLICIES.items():
         print(f"    {name:14} {meaning}")
 
@@ -114,10 +117,10 @@ def all_problems(decode, model, problems, output):
     for name, (right, whole) in counts.items():
         print(f"    {name:30} {right:>13} {whole:>19}")
     print("""
-"prompt pinned" forbids a policy to give up tokens of the prompt, as raas and random do by default: most of what
-streaming_llm and h2o lose is the prompt. And mind what this is: one small model, one kind of problem, and a training that
-taught the model to ignore tokens which its lines do not need. It shows how the policies differ, not how well a large
-language model would do under them.""")
+"prompt pinned" forbids a policy to give up tokens of the prompt. raas and random always keep it here, so these are the
+rows to compare them with. And mind what this is: one small model, one kind of problem, and a training that taught
+the model to ignore tokens which its lines do not need. It shows how the policies differ, not how well a large language
+model would do under them.""")
 
 
 def main():

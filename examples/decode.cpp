@@ -70,6 +70,12 @@ std::map<std::string, std::string> file_notes(const DecodeOptions& options, cons
           {"dense_layers", std::to_string(options.cache.dense_layers)}};
 }
 
+/// Where a policy's files go: straight into the directory when it is the only one.
+std::filesystem::path policy_directory(const DecodeOptions& options, const std::filesystem::path& directory,
+                                       const std::string& policy) {
+  return options.policies.size() == 1 ? directory : directory / policy;
+}
+
 PolicyResult run_policy(const DecodeOptions& options, const Model& model, const std::optional<Tokenizer>& tokenizer,
                         const std::vector<TokenId>& prompt, const CacheChoice& cache) {
   const std::string& policy = cache.policy;
@@ -92,11 +98,9 @@ PolicyResult run_policy(const DecodeOptions& options, const Model& model, const 
   result.answer = answer_of(result.generation, result.text);
 
   const bool whole = result.generation.stopped != StopReason::interrupted;
-  const auto place = [&](const std::string& directory) {
-    return options.policies.size() == 1 ? std::filesystem::path(directory) : std::filesystem::path(directory) / policy;
-  };
-  if (whole && trace) trace->save(place(options.trace_directory), file_notes(options, policy));
-  if (whole && residency) residency->save(place(options.resident_directory), file_notes(options, policy));
+  const auto notes = file_notes(options, policy);
+  if (whole && trace) trace->save(policy_directory(options, options.trace_directory, policy), notes);
+  if (whole && residency) residency->save(policy_directory(options, options.resident_directory, policy), notes);
   return result;
 }
 
@@ -114,8 +118,13 @@ int run(const DecodeOptions& options) {
                  std::to_string(config.max_positions) + " positions, beyond which it was not trained",
              0);
   }
-  // A policy that cannot be built is reported before any time is spent on the others.
-  for (const CacheChoice& cache : options.caches) (void)Decoder(model, cache, prompt.size() + options.max_new);
+  // What cannot be built or written is reported before any time is spent on decoding.
+  for (const CacheChoice& cache : options.caches) {
+    (void)Decoder(model, cache, prompt.size() + options.max_new);
+    for (const std::string& directory : {options.trace_directory, options.resident_directory}) {
+      if (!directory.empty()) ensure_directory(policy_directory(options, directory, cache.policy));
+    }
+  }
 
   DecodeReport report(options, prompt);
   const auto write_json = [&](bool complete) {
@@ -123,8 +132,7 @@ int run(const DecodeOptions& options) {
     const std::string text = report.json(complete).dump(-1, ' ', false, Json::error_handler_t::replace);
     write_text_file(options.json_file, text + "\n");
   };
-  // Rewritten after every policy, and once before the first: an interrupt finds valid JSON, a bad path is found at
-  // once.
+  // Rewritten after every policy, and once before the first: an interrupt leaves valid JSON, a bad path is found early.
   const bool rewrite_json = !options.json_file.empty() && !is_stream(options.json_file);
   if (rewrite_json) write_json(false);
   catch_interrupts();

@@ -109,6 +109,7 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
   options.policies = detail::policies_to_run(policy, compare);
   options.prompt_ids = detail::parse_ids(ids);
   options.cache.dtype = kvsparse::scalar_type(dtype);
+  if (policy.find(',') != std::string::npos) throw UsageError("--policy takes one policy, --compare takes several");
   if (options.policies.empty()) throw UsageError("--policy or --compare must name a policy");
   if (text->count() == 0 && numbers->count() == 0) throw UsageError("--prompt or --prompt-ids must be given");
   if (numbers->count() != 0 && options.prompt_ids.empty()) throw UsageError("--prompt-ids is empty");

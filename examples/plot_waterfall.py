@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 
 LINE_TOKENS = 12
 FUTURE, EVICTED, SKIPPED, READ, PROMPT_SKIPPED, PROMPT_READ = range(6)
+RED = "#d0021b"
 COLOURS = ["#ffffff", "#e4e4e4", "#a9cbe8", "#2f6fb0", "#f6d3a3", "#e08a1e"]
 
 
@@ -78,18 +79,20 @@ def title(result, kinds, problem):
 
 def draw_panel(axes, result, kinds, needed, problem):
     steps, tokens = kinds.shape
-    axes.imshow(kinds, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(COLOURS) - 1, aspect="auto", interpolation="nearest",
-                extent=(0, tokens, steps, 0))
+    axes.imshow(kinds, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(COLOURS) - 1, aspect="auto",
+                interpolation="nearest", extent=(0, tokens, steps, 0))
     if needed is not None:
         held = np.isin(kinds[needed[:, 0], needed[:, 1]], (READ, PROMPT_READ))
-        axes.scatter(needed[held, 1] + 0.5, needed[held, 0] + 0.5, s=9, c="black", linewidths=0, zorder=3)
-        axes.scatter(needed[~held, 1] + 0.5, needed[~held, 0] + 0.5, s=26, c="#d0021b", marker="x", linewidths=1.4, zorder=4)
+        y, x = needed.T + 0.5
+        axes.scatter(x[held], y[held], s=9, c="black", linewidths=0, zorder=3)
+        axes.scatter(x[~held], y[~held], s=26, c=RED, marker="x", linewidths=1.4, zorder=4)
     departure = result.get("departs_from_dense_at")
     if departure is not None:
-        axes.axhline(departure, color="#d0021b", linewidth=1.2, linestyle=(0, (5, 3)))
-        axes.text(tokens * 0.985, departure - 6, "departs from dense", color="#d0021b", fontsize=8.5, ha="right", va="bottom")
+        axes.axhline(departure, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.text(tokens * 0.985, departure - 6, "departs from dense", color=RED, fontsize=8.5, ha="right", va="bottom")
     axes.set_title(result["policy"], fontsize=13, fontweight="bold", loc="left", pad=32)
-    axes.text(0, 1.015, title(result, kinds, problem), transform=axes.transAxes, fontsize=9.5, va="bottom", linespacing=1.25)
+    axes.text(0, 1.015, title(result, kinds, problem), transform=axes.transAxes, fontsize=9.5, va="bottom",
+              linespacing=1.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8.5)
@@ -102,10 +105,11 @@ def draw_legend(axes, with_needed):
     order = (PROMPT_READ, READ, PROMPT_SKIPPED, SKIPPED, EVICTED, FUTURE)
     handles = [Patch(facecolor=COLOURS[kind], edgecolor="#999999", linewidth=0.6, label=names[kind]) for kind in order]
     if with_needed:
-        handles.append(Line2D([], [], marker="o", color="black", markersize=4, linestyle="", label="this line needs it: was read"))
-        handles.append(Line2D([], [], marker="x", color="#d0021b", markersize=6, markeredgewidth=1.6, linestyle="",
-                              label="this line needs it: not read here"))
-    handles.append(Line2D([], [], color="#d0021b", linestyle=(0, (5, 3)), label="first token unlike dense's"))
+        handles.append(Line2D([], [], marker="o", color="black", markersize=4, linestyle="",
+                              label="the solution needs it now: was read"))
+        handles.append(Line2D([], [], marker="x", color=RED, markersize=6, markeredgewidth=1.6, linestyle="",
+                              label="the solution needs it now: not read"))
+    handles.append(Line2D([], [], color=RED, linestyle=(0, (5, 3)), label="first token unlike dense's"))
     axes.legend(handles=handles, loc="center left", fontsize=10.5, frameon=False, labelspacing=0.75, borderaxespad=0)
 
 
@@ -126,7 +130,8 @@ def main():
     figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 5.0 * rows), squeeze=False)
     panels = list(grid.flat)
     for axes, result in zip(panels, results):
-        arrays, metadata = read_safetensors(options.output / "resident" / result["policy"] / f"layer_{options.layer}.safetensors")
+        directory = options.output / "resident" / result["policy"]
+        arrays, metadata = read_safetensors(directory / f"layer_{options.layer}.safetensors")
         kinds = cells(arrays, options.head, int(metadata["prompt_tokens"]))
         draw_panel(axes, result, kinds, needed, problem)
     for axes in panels[len(results) :]:
@@ -136,14 +141,17 @@ def main():
         row[0].set_ylabel("decode step (time runs down)", fontsize=10)
     for axes in panels[: len(results)]:
         axes.set_xlabel("position of the token in the sequence", fontsize=9)
-    figure.suptitle(f"What each policy keeps: layer {options.layer}, kv head {options.head}, budget {comparison['budget']} tokens, "
-                    f"pages of {comparison['page_size']}", fontsize=15, fontweight="bold", x=0.012, ha="left", y=0.992)
+    figure.suptitle(f"What each policy keeps: layer {options.layer}, kv head {options.head}, budget "
+                    f"{comparison['budget']} tokens, pages of {comparison['page_size']}",
+                    fontsize=15, fontweight="bold", x=0.012, ha="left", y=0.992)
     figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=2.0, w_pad=1.5)
     picture = options.output / "waterfall.png"
     figure.savefig(picture, dpi=110)
-    print(f"\nThe picture shows, for each policy, which tokens one kv head held at each step; a black dot is a token that the\n"
-          f"solution has to look up at that step and that was read, a red cross one that was not.\n{picture.resolve()}"
-          if needed is not None else picture.resolve())
+    print("\nThe picture shows, for each policy, which tokens one kv head held at each step.", end=" ")
+    if needed is not None:
+        print("A black dot is a token\nthat the solution has to look up at that step and that was read, "
+              "a red cross one that was not.", end="")
+    print(f"\n{picture.resolve()}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ void register_benchmarks() {
   };
   for (const std::size_t tokens : {1024, 4096, 16384, 65536}) {
     add("decode_step", tokens, decode_step<Policy, Scalar>);
-    if constexpr (kvsparse::Selector<Policy>) add("select", tokens, select<Policy, Scalar>);
+    if constexpr (kvsparse::Selector<Policy>) {
+      if (tokens > budget_tokens) add("select", tokens, select<Policy, Scalar>);
+    }
   }
   add("append", 4096, append<Policy, Scalar>);
 }

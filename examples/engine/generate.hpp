@@ -17,12 +17,9 @@ enum class StopReason { max_new, end_of_text, interrupted };
 
 inline std::string_view stop_reason_name(StopReason reason) {
   switch (reason) {
-    case StopReason::max_new:
-      return "max_new";
-    case StopReason::end_of_text:
-      return "end_of_text";
-    case StopReason::interrupted:
-      return "interrupted";
+    case StopReason::max_new: return "max_new";
+    case StopReason::end_of_text: return "end_of_text";
+    case StopReason::interrupted: return "interrupted";
   }
   return "unknown";
 }

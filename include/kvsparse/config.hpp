@@ -57,3 +57,13 @@
   };                                                          \
   template <class T>                                          \
   inline constexpr bool has_member_##NAME = HasMember_##NAME<T>::value;
+
+// Defines has_trait_NAME<T, Value>: T has no such member, or it is a Value or a const function that returns one.
+#define KVSPARSE_DEFINE_HAS_TRAIT(NAME)                                        \
+  template <class T, class Value>                                              \
+  inline constexpr bool has_trait_##NAME = !has_member_##NAME<T> || requires { \
+    { T::NAME } -> std::convertible_to<Value>;                                 \
+  }                                                                            \
+  || requires(const T policy) {                                                \
+    { policy.NAME() } -> std::convertible_to<Value>;                           \
+  };

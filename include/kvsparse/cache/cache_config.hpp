@@ -64,7 +64,8 @@ namespace detail {
 /// A validated configuration: what the container allocates and enforces.
 struct CachePlan {
   Geometry geometry;
-  std::size_t page_capacity = 0;  // resident pages of a head
+  std::size_t page_budget = 0;    // resident pages of a head
+  std::size_t page_capacity = 0;  // those there is memory for: more, where a long prompt may grow the budget
   std::size_t read_pages = 0;
   std::size_t sink_pages = 0;    // pinned from the start, prompt or not
   std::size_t decode_pages = 1;  // kept free of pins
@@ -114,16 +115,18 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
       refuse("budget_tokens = " + quoted(config.budget_tokens) + " holds no page of " + quoted(config.page_size) +
              " tokens; policy " + name + " needs at least one page");
     }
-    plan.page_capacity = config.budget_tokens / config.page_size;
+    plan.page_budget = plan.page_capacity = config.budget_tokens / config.page_size;
     plan.sink_pages = traits::pinned_pages(policy, plan.geometry);
     plan.decode_pages = std::max<std::size_t>(1, plan.geometry.pages_for(config.min_decode_tokens));
     if (config.prompt_overflow == PromptOverflow::grow) {
       if (config.max_prompt_tokens == 0) refuse("PromptOverflow::grow needs max_prompt_tokens; it is 0");
-      plan.page_capacity =
-          std::max(plan.page_capacity, plan.geometry.pages_for(config.max_prompt_tokens) + plan.decode_pages);
+      if (traits::pin_prompt(policy)) {
+        plan.page_capacity =
+            std::max(plan.page_budget, plan.geometry.pages_for(config.max_prompt_tokens) + plan.decode_pages);
+      }
     }
-    if (plan.page_capacity < plan.sink_pages + plan.decode_pages) {
-      refuse("the budget of " + quoted(plan.page_capacity) + " pages is smaller than the " + quoted(plan.sink_pages) +
+    if (plan.page_budget < plan.sink_pages + plan.decode_pages) {
+      refuse("the budget of " + quoted(plan.page_budget) + " pages is smaller than the " + quoted(plan.sink_pages) +
              " pages that policy " + name + " pins plus " + quoted(plan.decode_pages) + " to decode in");
     }
     if (traits::slack_tokens(policy) + config.page_size > config.budget_tokens) {
@@ -134,7 +137,7 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     if (config.max_tokens == 0) {
       refuse("max_tokens is 0; policy " + name + " keeps every token and needs to know how many to make room for");
     }
-    plan.page_capacity = plan.geometry.pages_for(config.max_tokens);
+    plan.page_budget = plan.page_capacity = plan.geometry.pages_for(config.max_tokens);
   }
   if constexpr (Selector<Policy>) {
     const std::size_t read = config.read_budget_tokens != 0 ? config.read_budget_tokens : config.budget_tokens;

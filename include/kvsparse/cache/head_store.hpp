@@ -220,6 +220,18 @@ struct HeadStore {
     return (read_masks[page.value * words + slot.value / 64] >> (slot.value % 64) & 1) != 0;
   }
 
+  /// The positions of the resident tokens for which keep(page, slot) is true, ascending. Allocates.
+  template <class Keep>
+  std::vector<Position> positions(Keep&& keep) const {
+    std::vector<Position> result;
+    for (std::uint32_t page = 0; page < table.size(); ++page) {
+      for (std::uint32_t slot = 0; slot < table[{page}].tokens; ++slot) {
+        if (keep(PageIndex{page}, Slot{slot})) result.push_back(table[{page}].first_position + slot);
+      }
+    }
+    return result;
+  }
+
   PageTable table;
   std::vector<PageState<Policy>> page_states;
   HeadState<Policy> state{};

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The container: one layer of one sequence, its keys and values in pages of a fixed budget, its policy told and asked.
-// It decides nothing about sparsity. attention/attend.hpp runs a query over it.
+// It decides nothing about sparsity. attend.hpp runs a query over it.
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -53,7 +52,7 @@ class PagedKvCache {
   std::size_t prompt_tokens() const { return prompt_tokens_; }
   bool in_prompt() const { return !prompt_ended_; }
   std::size_t resident_tokens(std::size_t kv_head) const { return heads_[kv_head].table.resident_tokens(); }
-  /// Pages a head may hold.
+  /// Pages a head may hold: those of the budget, or more for a long prompt under PromptOverflow::grow.
   std::size_t page_budget() const { return context_.page_budget; }
 
   // --- growing ---
@@ -62,10 +61,8 @@ class PagedKvCache {
   /// When it opens a page beyond the budget, each head first gives up the page its policy names. O(kv_heads *
   /// head_dim), plus the policy's victim search once a page. Refuses wrong shapes and, for policies that keep
   /// everything, max_tokens.
-  template <class Row>
-  requires(std::same_as<Row, float> || std::same_as<Row, Scalar>) Status
-      append(HeadRows<const Row> k, HeadRows<const Row> v)
-  noexcept {
+  template <StorableAs<Scalar> Row>
+  Status append(HeadRows<const Row> k, HeadRows<const Row> v) noexcept {
     if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_room(1); !status) return status;
@@ -82,10 +79,8 @@ class PagedKvCache {
   }
 
   /// Appends a chunk of the prompt; k, v: [tokens, kv_heads, head_dim]. Any number of chunks. Takes all or nothing.
-  template <class Row>
-  requires(std::same_as<Row, float> || std::same_as<Row, Scalar>) Status
-      append_prompt(TokenRows<const Row> k, TokenRows<const Row> v)
-  noexcept {
+  template <StorableAs<Scalar> Row>
+  Status append_prompt(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
     using Code = Status::Code;
     if (prompt_ended_) return {Code::prompt_ended, next_index(), prompt_tokens_};
     if (k.tokens != v.tokens) return {Code::wrong_tokens, v.tokens, k.tokens};
@@ -94,7 +89,8 @@ class PagedKvCache {
     if (const Status status = check_room(k.tokens); !status) return status;
     if (traits::pin_prompt(policy_) && config_.prompt_overflow != PromptOverflow::unpin_middle) {
       const std::size_t pinned = std::max(sink_pages_, geometry().pages_for(prompt_tokens_ + k.tokens));
-      if (pinned + decode_pages_ > page_budget()) return {Code::prompt_exceeds_budget, pinned, page_budget()};
+      if (pinned + decode_pages_ > page_capacity_) return {Code::prompt_exceeds_budget, pinned, page_capacity_};
+      context_.page_budget = std::max(page_budget(), pinned + decode_pages_);  // more only under PromptOverflow::grow
     }
     for (std::size_t token = 0; token < k.tokens; ++token) {
       store_token(k.token(token), v.token(token));
@@ -123,6 +119,7 @@ class PagedKvCache {
       if constexpr (ClearListener<Policy>) policy_.on_clear(view(h));
     }
     layer_state_ = {};
+    context_.page_budget = configured_page_budget_;
     store_.pool.clear();
     next_ = {};
     prompt_tokens_ = decode_tokens_ = peak_resident_tokens_ = peak_resident_pages_ = 0;
@@ -163,13 +160,12 @@ class PagedKvCache {
 
   /// The positions a head holds, ascending. Allocates.
   std::vector<Position> resident_positions(std::size_t kv_head) const {
-    return positions(kv_head, [](PageIndex, std::uint32_t) { return true; });
+    return heads_[kv_head].positions([](PageIndex, Slot) { return true; });
   }
   /// The positions that some query head of the group read in the latest attend, ascending. Allocates. Valid until the
   /// next append.
   std::vector<Position> read_positions(std::size_t kv_head) const {
-    const Head& head = heads_[kv_head];
-    return positions(kv_head, [&](PageIndex page, std::uint32_t slot) { return head.was_read(page, Slot{slot}); });
+    return heads_[kv_head].positions([&](PageIndex page, Slot slot) { return heads_[kv_head].was_read(page, slot); });
   }
 
   // --- the decode step, head by head: what attend() is made of, for an engine with a kernel of its own ---
@@ -263,8 +259,10 @@ class PagedKvCache {
   PagedKvCache(const CacheConfig& config, Policy policy, const detail::CachePlan& plan)
       : config_(config),
         policy_(policy),
-        context_{plan.geometry, config.layer, plan.page_capacity, plan.read_pages, PageStore<Scalar>::row_access()},
+        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, PageStore<Scalar>::row_access()},
         scale_(plan.scale),
+        configured_page_budget_(plan.page_budget),
+        page_capacity_(plan.page_capacity),
         sink_pages_(plan.sink_pages),
         decode_pages_(plan.decode_pages),
         store_(plan.geometry, traits::page_summary(policy), plan.page_capacity * plan.geometry.kv_heads) {
@@ -305,7 +303,7 @@ class PagedKvCache {
     const Slot slot = geometry().slot_of(next_);
     if (due_for_trim()) trim();
     if (slot.value == 0) open_pages();
-    const bool full = slot.value + 1 == geometry().page_size;
+    [[maybe_unused]] const bool full = slot.value + 1 == geometry().page_size;
     for (std::size_t h = 0; h < heads_.size(); ++h) {
       Head& head = heads_[h];
       const PageId page = head.table.back().page;
@@ -322,7 +320,6 @@ class PagedKvCache {
       }
       peak_resident_tokens_ = std::max(peak_resident_tokens_, head.table.resident_tokens());
     }
-    static_cast<void>(full);
     next_ = next_ + 1;
   }
 
@@ -394,35 +391,19 @@ class PagedKvCache {
         const HeadView<Policy> pages = view(h, next_, geometry().slot_of(next_).value != 0);
         head.trimmed.clear();
         policy_.trim(pages, head.trimmed);
-        const std::span<PageIndex> victims = head.trimmed.pages();
-        std::sort(victims.begin(), victims.end());
-        PageIndex previous{std::numeric_limits<std::uint32_t>::max()};
-        for (std::size_t i = victims.size(); i > 0; --i) {  // newest first, so that the older indices stay valid
-          const PageIndex victim = victims[i - 1];
-          if (victim == previous || victim.value >= pages.size() || !pages.is_evictable(victim)) continue;
-          evict(h, victim);
-          previous = victim;
+        for (const PageIndex victim : head.trimmed.newest_first()) {  // so that the older indices stay valid
+          if (victim.value < pages.size() && pages.is_evictable(victim)) evict(h, victim);
         }
       }
     }
-  }
-
-  template <class Keep>
-  std::vector<Position> positions(std::size_t kv_head, Keep&& keep) const {
-    const PageTable& table = heads_[kv_head].table;
-    std::vector<Position> result;
-    for (std::uint32_t page = 0; page < table.size(); ++page) {
-      for (std::uint32_t slot = 0; slot < table[{page}].tokens; ++slot) {
-        if (keep(PageIndex{page}, slot)) result.push_back(table[{page}].first_position + slot);
-      }
-    }
-    return result;
   }
 
   CacheConfig config_;
   Policy policy_;
   LayerContext context_;
   float scale_;
+  std::size_t configured_page_budget_;
+  std::size_t page_capacity_;
   std::size_t sink_pages_;
   std::size_t decode_pages_;
   PageStore<Scalar> store_;

@@ -15,6 +15,10 @@ using Bfloat16 = Eigen::bfloat16;
 template <class T>
 concept StorageScalar = std::same_as<T, float> || std::same_as<T, Half> || std::same_as<T, Bfloat16>;
 
+/// What rows may be given in to a cache of Scalar: floats, which it converts, or its own type.
+template <class T, class Scalar>
+concept StorableAs = std::same_as<T, float> || std::same_as<T, Scalar>;
+
 /// The same choice at run time.
 enum class ScalarType { f32, f16, bf16 };
 

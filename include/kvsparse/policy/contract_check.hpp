@@ -3,6 +3,7 @@
 // purpose: a constrained one would make the compiler print the concept instead of the sentence.
 #pragma once
 
+#include <concepts>
 #include <type_traits>
 
 #include "../config.hpp"
@@ -33,6 +34,16 @@ KVSPARSE_DEFINE_HAS_MEMBER(query_window)
 KVSPARSE_DEFINE_HAS_MEMBER(slack_tokens)
 KVSPARSE_DEFINE_HAS_MEMBER(options)
 KVSPARSE_DEFINE_HAS_MEMBER(selection)
+KVSPARSE_DEFINE_HAS_MEMBER(scope)
+KVSPARSE_DEFINE_HAS_MEMBER(granularity)
+
+KVSPARSE_DEFINE_HAS_TRAIT(selection)
+KVSPARSE_DEFINE_HAS_TRAIT(evidence)
+KVSPARSE_DEFINE_HAS_TRAIT(query_window)
+KVSPARSE_DEFINE_HAS_TRAIT(page_summary)
+KVSPARSE_DEFINE_HAS_TRAIT(slack_tokens)
+KVSPARSE_DEFINE_HAS_TRAIT(period)
+KVSPARSE_DEFINE_HAS_TRAIT(pin_prompt)
 
 KVSPARSE_DEFINE_HAS_MEMBER(evict)
 KVSPARSE_DEFINE_HAS_MEMBER(choose_victim)
@@ -174,6 +185,43 @@ struct ContractCheck {
   static_assert(!has_member_options<P> || HasOptions<P>,
                 "kvsparse policy: options cannot be visited. Write: struct Options { ...; void visit(auto&& field) { "
                 "field(\"alpha\", alpha); } } options;");
+
+  // --- a trait of the wrong type, or a function that is not const, would silently count as absent ---
+  static_assert(
+      !has_member_scope<P> ||
+          requires {
+            { P::scope } -> std::convertible_to<PolicyScope>;
+          },
+      "kvsparse policy: the trait scope has the wrong type. Write: static constexpr PolicyScope scope = "
+      "PolicyScope::layer;");
+  static_assert(
+      !has_member_granularity<P> ||
+          requires {
+            { P::granularity } -> std::convertible_to<PolicyGranularity>;
+          },
+      "kvsparse policy: the trait granularity has the wrong type. Write: static constexpr PolicyGranularity "
+      "granularity = PolicyGranularity::token;");
+  static_assert(has_trait_selection<P, SelectionScope>,
+                "kvsparse policy: the trait selection has the wrong type. Write: static constexpr SelectionScope "
+                "selection = SelectionScope::query_head; or SelectionScope selection() const;");
+  static_assert(has_trait_evidence<P, EvidenceKind>,
+                "kvsparse policy: the trait evidence has the wrong type. Write: static constexpr EvidenceKind evidence "
+                "= EvidenceKind::page_mass; or EvidenceKind evidence() const;");
+  static_assert(has_trait_query_window<P, std::size_t>,
+                "kvsparse policy: the trait query_window has the wrong type. Write: static constexpr std::size_t "
+                "query_window = 8; or std::size_t query_window() const;");
+  static_assert(has_trait_page_summary<P, PageSummary>,
+                "kvsparse policy: the trait page_summary has the wrong type. Write: static constexpr PageSummary "
+                "page_summary = PageSummary::min_max; or PageSummary page_summary() const;");
+  static_assert(has_trait_slack_tokens<P, std::size_t>,
+                "kvsparse policy: the trait slack_tokens has the wrong type. Write: static constexpr std::size_t "
+                "slack_tokens = 128; or std::size_t slack_tokens() const;");
+  static_assert(has_trait_period<P, std::size_t>,
+                "kvsparse policy: the trait period has the wrong type. Write: static constexpr std::size_t period = "
+                "128; or std::size_t period() const;");
+  static_assert(has_trait_pin_prompt<P, bool>,
+                "kvsparse policy: the trait pin_prompt has the wrong type. Write: static constexpr bool pin_prompt = "
+                "true; or bool pin_prompt() const;");
 
   // --- a trait that promises a verb, a verb that needs a trait ---
   template <class T>

@@ -279,7 +279,7 @@ constexpr std::size_t period(const P& policy) {
 template <class P>
 constexpr bool pin_prompt(const P& policy) {
   if constexpr (requires {
-                  { policy.pin_prompt() } -> std::same_as<bool>;
+                  { policy.pin_prompt() } -> std::convertible_to<bool>;
                 }) {
     return policy.pin_prompt();
   } else if constexpr (requires {
@@ -301,9 +301,12 @@ constexpr std::size_t pinned_pages(const P& policy, const Geometry& geometry) {
 /// A sentence on what is wrong with the policy's options; empty when nothing is.
 template <class P>
 std::string options_problem(const P& policy) {
-  if constexpr (requires {
-                  { policy.options.problem() } -> std::convertible_to<std::string>;
-                }) {
+  if constexpr (requires { typename P::EvictPart; }) {
+    const std::string problem = options_problem(policy.evict);
+    return problem.empty() ? options_problem(policy.select_part) : problem;
+  } else if constexpr (requires {
+                         { policy.options.problem() } -> std::convertible_to<std::string>;
+                       }) {
     return policy.options.problem();
   } else {
     return {};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <span>
 #include <vector>
@@ -41,6 +42,10 @@ class Selection {
   Selection(const Selection& other) : Selection(other.entries_.capacity(), 64, false) {
     mask_words_ = other.mask_words_;
     masks_.resize(other.masks_.size());
+  }
+  Selection& operator=(const Selection& other) {
+    Selection copy(other);
+    return *this = static_cast<Selection&&>(copy);
   }
   Selection(Selection&&) noexcept = default;
   Selection& operator=(Selection&&) noexcept = default;
@@ -114,6 +119,10 @@ class PageList {
  public:
   explicit PageList(std::size_t capacity) { pages_.reserve(capacity); }
   PageList(const PageList& other) { pages_.reserve(other.pages_.capacity()); }
+  PageList& operator=(const PageList& other) {
+    PageList copy(other);
+    return *this = static_cast<PageList&&>(copy);
+  }
   PageList(PageList&&) noexcept = default;
   PageList& operator=(PageList&&) noexcept = default;
   void clear() { pages_.clear(); }
@@ -121,7 +130,12 @@ class PageList {
     KVSPARSE_ASSERT(pages_.size() < pages_.capacity());
     if (pages_.size() < pages_.capacity()) pages_.push_back(page);
   }
-  std::span<PageIndex> pages() { return pages_; }
+  std::span<const PageIndex> pages() const { return pages_; }
+  /// Each page once. Sorts in place.
+  std::span<const PageIndex> newest_first() {
+    std::sort(pages_.begin(), pages_.end(), std::greater<>());
+    return {pages_.begin(), std::unique(pages_.begin(), pages_.end())};
+  }
 
  private:
   std::vector<PageIndex> pages_;

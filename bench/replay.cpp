@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// Replays a recorded trace of one attention layer through caches of several policies and budgets, and measures what
+// each of them would have lost.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <deque>
+#include <exception>
+#include <iostream>
+#include <map>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../examples/common/interrupt.hpp"
+#include "../examples/common/output_file.hpp"
+#include "../examples/common/progress.hpp"
+#include "../examples/common/trace.hpp"
+#include "replay/dense_reference.hpp"
+#include "replay/dump.hpp"
+#include "replay/options.hpp"
+#include "replay/policy_run.hpp"
+#include "replay/report.hpp"
+
+namespace {
+
+using namespace kvsparse_tools;
+
+constexpr int usage_exit_code = 2;
+
+/// Prints one line, whatever the sentence holds.
+int complain(std::string sentence, int exit_code) {
+  while (!sentence.empty() && sentence.back() == '\n') sentence.pop_back();
+  for (char& c : sentence) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+  }
+  std::fprintf(stderr, "replay: %s\n", sentence.c_str());
+  return exit_code;
+}
+
+/// The layer that a trace of examples/decode comes from, else 0: Random draws other numbers in each layer, and should
+/// draw here what it drew there.
+std::size_t layer_of(const std::string& trace_file) {
+  const SafetensorsFile file(trace_file);
+  const auto found = file.metadata().find("layer");
+  std::uint32_t layer = 0;
+  if (found != file.metadata().end()) {
+    std::from_chars(found->second.data(), found->second.data() + found->second.size(), layer);
+  }
+  return layer;
+}
+
+/// Every trace is finite; what a narrower type makes of it must be too, or attention yields NaN.
+void refuse_overflow(const Trace& trace, kvsparse::ScalarType dtype) {
+  const auto fits = [&](float value) {
+    switch (dtype) {
+      case kvsparse::ScalarType::f32: return true;
+      case kvsparse::ScalarType::f16: return std::isfinite(static_cast<float>(kvsparse::Half(value)));
+      case kvsparse::ScalarType::bf16: return std::isfinite(static_cast<float>(kvsparse::Bfloat16(value)));
+    }
+    return false;
+  };
+  for (const auto& [name, values] : {std::pair("k", &trace.k), std::pair("v", &trace.v)}) {
+    const auto found = std::find_if_not(values->begin(), values->end(), fits);
+    if (found == values->end()) continue;
+    throw UsageError("tensor '" + std::string(name) + "' holds " + std::to_string(*found) + " at element " +
+                     std::to_string(found - values->begin()) + ", too large for --dtype " +
+                     std::string(kvsparse::scalar_type_names[static_cast<std::size_t>(dtype)]) + "; f32 holds it");
+  }
+}
+
+/// A line of the table, and the run it reports.
+struct Row {
+  std::string policy;
+  std::size_t budget = 0;
+  std::optional<std::size_t> read_budget;
+  const PolicyRun* run = nullptr;
+};
+
+/// All policies at all budgets, stepping through the trace together, so that dense attention is computed only once.
+class Replay {
+ public:
+  explicit Replay(const ReplayOptions& options)
+      : options_(options), trace_(load_trace(options.trace_file)), dense_(trace_), report_(options_, trace_) {
+    if (!options.dump_file.empty()) dump_.emplace(options.dump_file, trace_, options.force);
+    refuse_overflow(trace_, options.dtype);
+    const std::size_t layer = layer_of(options.trace_file);
+    for (std::size_t policy = 0; policy < options.policies.size(); ++policy) {
+      const kvsparse::PolicyFacts facts = kvsparse::policy_facts(options.policies[policy]);
+      for (const std::size_t budget : options.budgets) {
+        Row row{options.policies[policy], budget, std::nullopt, nullptr};
+        const bool ignores_budget = !facts.evicts && !facts.selects;
+        const bool reuses = ignores_budget && !rows_.empty() && rows_.back().policy == row.policy;
+        if (!reuses) runs_.emplace_back(options, policy, budget, trace_, layer);
+        row.run = &runs_.back();
+        const std::size_t read_budget = options.settings[policy].read_budget_tokens;
+        if (facts.selects) row.read_budget = read_budget != 0 ? read_budget : budget;
+        rows_.push_back(row);
+      }
+    }
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  /// False if it was interrupted.
+  bool run() {
+    write_files(false);  // an unwritable path is found at once, and a kill leaves valid files
+    std::size_t token = 0;
+    {
+      // A token's work grows with its position; prompt queries are not compared with dense attention.
+      const auto work = [&](std::size_t t) { return (t + 1) / (t < trace_.prompt_tokens ? 8 : 1) + 1; };
+      std::size_t total = 0, done = 0;
+      for (std::size_t t = 0; t < trace_.tokens; ++t) total += work(t);
+      ProgressBar progress("replaying", total);
+      for (; token < trace_.tokens && !interrupted(); ++token) {
+        step(token);
+        progress.update(done += work(token));
+      }
+    }
+    const bool complete = token == trace_.tokens;
+    report_.update(token, results());
+    write_files(true);
+    if (complete && dump_) dump_->write(dump_notes());
+    if (options_.json_file != standard_output && options_.csv_file != standard_output) report_.print(std::cout);
+    std::cout.flush();
+    if (!complete) {
+      complain("interrupted after " + std::to_string(token) + " of " + std::to_string(trace_.tokens) +
+                   " tokens; the results cover those" + (dump_ ? ", and no dump was written" : ""),
+               0);
+    }
+    return complete;
+  }
+
+ private:
+  static constexpr const char* standard_output = "/dev/stdout";
+
+  void step(std::size_t token) {
+    for (PolicyRun& run : runs_) run.step(token);
+    if (token < trace_.prompt_tokens) return;
+    dense_.advance_to(token);
+    for (PolicyRun& run : runs_) run.measure(dense_, token);
+    if (dump_) dump_->add(runs_.front().cache(), runs_.front().out());
+  }
+
+  std::vector<ReplayResult> results() const {
+    std::vector<ReplayResult> results;
+    for (const Row& row : rows_) {
+      results.push_back({row.policy, row.budget, row.read_budget, row.run->metrics(), row.run->cache().stats()});
+    }
+    return results;
+  }
+
+  /// Streams are written once, at the end; files also before.
+  void write_files(bool at_the_end) const {
+    const auto write = [&](const std::string& file, const auto& text) {
+      if (!file.empty() && (at_the_end || !is_stream(file))) write_text_file(file, text());
+    };
+    write(options_.json_file, [&] { return report_.json(); });
+    write(options_.csv_file, [&] { return report_.csv(); });
+  }
+
+  std::map<std::string, std::string> dump_notes() const {
+    return {{"policy", options_.policies.front()},
+            {"budget", std::to_string(options_.budgets.front())},
+            {"page_size", std::to_string(options_.page_size)},
+            {"prompt_tokens", std::to_string(trace_.prompt_tokens)}};
+  }
+
+  const ReplayOptions& options_;
+  Trace trace_;
+  DenseReference dense_;
+  ReplayReport report_;
+  std::optional<Dump> dump_;
+  std::deque<PolicyRun> runs_;
+  std::vector<Row> rows_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app(
+      "Replays a trace of one attention layer through sparse KV caches: what each policy keeps, reads and loses.",
+      "replay");
+  try {
+    const ReplayOptions options = parse_replay_options(app, argc, argv);
+    catch_interrupts();
+    return Replay(options).run() ? 0 : interrupted_exit_code;
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help
+    return complain(std::string(error.what()) + " (replay --help lists the options)", usage_exit_code);
+  } catch (const std::bad_alloc&) {
+    return complain("not enough memory for this trace, its policies and budgets", usage_exit_code);
+  } catch (const std::length_error&) {
+    return complain("not enough memory for this trace, its policies and budgets", usage_exit_code);
+  } catch (const std::exception& error) {
+    return complain(error.what(), usage_exit_code);
+  }
+}

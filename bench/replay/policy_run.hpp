@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// One policy at one budget being replayed: its cache, and what is measured on the way.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <kvsparse/cache/any_cache.hpp>
+#include <limits>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../../examples/common/trace.hpp"
+#include "dense_reference.hpp"
+#include "options.hpp"
+
+namespace kvsparse_tools {
+
+/// Means and maxima over decode queries and query heads. NaN before the first.
+struct ReplayMetrics {
+  std::size_t decode_steps = 0;
+  double share = std::numeric_limits<double>::quiet_NaN();
+  double mean_error = std::numeric_limits<double>::quiet_NaN();
+  double max_error = std::numeric_limits<double>::quiet_NaN();
+  double mean_step_us = std::numeric_limits<double>::quiet_NaN();
+};
+
+class PolicyRun {
+ public:
+  /// Throws UsageError if the policy cannot run at this budget, its prompt included.
+  PolicyRun(const ReplayOptions& options, std::size_t policy, std::size_t budget, const Trace& trace, std::size_t layer)
+      : trace_(trace),
+        cache_(checked_cache(options, policy, budget, trace, layer)),
+        out_(trace.query_heads * trace.head_dim) {}
+
+  const kvsparse::AnyCache& cache() const { return cache_; }
+  /// [query_heads, head_dim] of the latest query.
+  std::span<const float> out() const { return out_; }
+
+  /// Appends the next token of the trace, then attends with its queries. A prompt token is a query like any other.
+  void step(std::size_t token) {
+    const bool is_prompt = token < trace_.prompt_tokens;
+    const auto started = std::chrono::steady_clock::now();
+    kvsparse::Status status = is_prompt ? cache_.append_prompt(trace_.key(token), trace_.value(token))
+                                        : cache_.append(trace_.key(token), trace_.value(token));
+    if (status) status = cache_.attend(trace_.query(token), out_);
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - started;
+    if (!status) throw UsageError("at token " + std::to_string(token) + ": " + status.message());
+    if (!is_prompt) step_us_ += took.count();
+  }
+
+  /// Compares the latest query, a decode query, with dense attention.
+  void measure(const DenseReference& dense, std::size_t token) {
+    const std::size_t group = trace_.query_heads / trace_.kv_heads;
+    for (std::size_t h = 0; h < trace_.kv_heads; ++h) {
+      const std::vector<kvsparse::Position> read = cache_.read_positions(h);
+      for (std::size_t q = h * group; q < (h + 1) * group; ++q) {
+        const std::span<const double> weights = dense.weights(token, q);
+        double share = 0.0;
+        for (const kvsparse::Position position : read) share += weights[static_cast<std::size_t>(position.value)];
+        share_sum_ += std::min(share, 1.0);
+        add_error(relative_error(std::span(out_).subspan(q * trace_.head_dim, trace_.head_dim), dense.out(token, q)));
+      }
+    }
+    ++decode_steps_;
+  }
+
+  ReplayMetrics metrics() const {
+    ReplayMetrics metrics;
+    metrics.decode_steps = decode_steps_;
+    if (decode_steps_ == 0) return metrics;
+    const auto steps = static_cast<double>(decode_steps_);
+    const double rows = steps * static_cast<double>(trace_.query_heads);
+    metrics.share = share_sum_ / rows;
+    metrics.mean_error = error_sum_ / rows;
+    metrics.max_error = max_error_;
+    metrics.mean_step_us = step_us_ / steps;
+    return metrics;
+  }
+
+ private:
+  static kvsparse::CacheConfig config_of(const ReplayOptions& options, std::size_t policy, std::size_t budget,
+                                         const Trace& trace, std::size_t layer) {
+    kvsparse::CacheConfig config;
+    config.query_heads = trace.query_heads;
+    config.kv_heads = trace.kv_heads;
+    config.head_dim = trace.head_dim;
+    config.page_size = options.page_size;
+    config.budget_tokens = budget;
+    config.read_budget_tokens = options.settings[policy].read_budget_tokens;
+    config.max_tokens = trace.tokens;  // for policies that keep everything
+    config.layer = layer;
+    return config;
+  }
+
+  static kvsparse::AnyCache checked_cache(const ReplayOptions& options, std::size_t policy, std::size_t budget,
+                                          const Trace& trace, std::size_t layer) {
+    const std::string& name = options.policies[policy];
+    const std::string who = name + " at budget " + std::to_string(budget) + ": ";
+    try {
+      const kvsparse::CacheConfig config = config_of(options, policy, budget, trace, layer);
+      kvsparse::AnyCache cache(name, options.dtype, config, options.settings[policy].options);
+      if (trace.prompt_tokens > 0 && kvsparse::policy_facts(name).evicts) rehearse_prompt(cache, trace, who);
+      return cache;
+    } catch (const kvsparse::ConfigError& error) {
+      throw UsageError(who + error.what());
+    }
+  }
+
+  /// A prompt that is too long to pin would be refused in the middle of the replay, or never if the trace is shorter
+  /// than the budget. Given as one chunk to a copy of the cache, it is refused at once.
+  static void rehearse_prompt(kvsparse::AnyCache copy, const Trace& trace, const std::string& who) {
+    const std::size_t elements = trace.prompt_tokens * trace.kv_heads * trace.head_dim;
+    const kvsparse::Status status =
+        copy.append_prompt(std::span(trace.k).first(elements), std::span(trace.v).first(elements));
+    if (status.code() == kvsparse::Status::Code::prompt_exceeds_budget) {
+      throw UsageError(who + "the prompt would pin " + std::to_string(status.value()) + " pages of " +
+                       std::to_string(copy.config().page_size) + " tokens, but the budget of " +
+                       std::to_string(status.limit()) +
+                       " pages must leave one for decoding; raise --budget or --set pin_prompt=false");
+    }
+    if (!status) throw UsageError(who + status.message());
+  }
+
+  static double relative_error(std::span<const float> out, std::span<const double> dense) {
+    double difference = 0.0;
+    double size = 0.0;
+    for (std::size_t i = 0; i < dense.size(); ++i) {
+      const double gap = static_cast<double>(out[i]) - dense[i];
+      difference += gap * gap;
+      size += dense[i] * dense[i];
+    }
+    // Equal is no error, even if both are zero; anything is infinitely far from zero.
+    return difference == 0.0 ? 0.0 : std::sqrt(difference) / std::sqrt(size);
+  }
+
+  void add_error(double error) {
+    error_sum_ += error;
+    if (!(error <= max_error_) && !std::isnan(max_error_)) max_error_ = error;  // one NaN makes the maximum NaN
+  }
+
+  const Trace& trace_;
+  kvsparse::AnyCache cache_;
+  std::vector<float> out_;
+  std::size_t decode_steps_ = 0;
+  double share_sum_ = 0.0;
+  double error_sum_ = 0.0;
+  double max_error_ = 0.0;
+  double step_us_ = 0.0;
+};
+
+}  // namespace kvsparse_tools

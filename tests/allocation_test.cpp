@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Memory is allocated at construction, as much as bytes_required said, and never again. This executable replaces the
+// global operator new, hence it stands alone.
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvsparse/cache/any_cache.hpp"
+#include "support/random_trace.hpp"
+
+namespace {
+
+std::size_t allocations = 0;
+std::size_t deallocations = 0;
+std::size_t live_bytes = 0;
+
+// The size stands before the block, so that a delete without size can subtract it.
+void* counted_new(std::size_t size, std::size_t alignment) {
+  const std::size_t header = alignment < 2 * sizeof(std::size_t) ? 2 * sizeof(std::size_t) : alignment;
+  const std::size_t total = (header + size + alignment - 1) / alignment * alignment;
+  void* block = alignment <= alignof(std::max_align_t) ? std::malloc(total) : std::aligned_alloc(alignment, total);
+  if (block == nullptr) throw std::bad_alloc();
+  ++allocations;
+  live_bytes += size;
+  char* data = static_cast<char*>(block) + header;
+  reinterpret_cast<std::size_t*>(data)[-1] = size;
+  reinterpret_cast<std::size_t*>(data)[-2] = header;
+  return data;
+}
+
+void counted_delete(void* data) {
+  if (data == nullptr) return;
+  ++deallocations;
+  live_bytes -= static_cast<std::size_t*>(data)[-1];
+  std::free(static_cast<char*>(data) - static_cast<std::size_t*>(data)[-2]);
+}
+
+void* quiet_new(std::size_t size, std::size_t alignment) noexcept {
+  try {
+    return counted_new(size, alignment);
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+constexpr std::size_t usual = alignof(std::max_align_t);
+
+}  // namespace
+
+void* operator new(std::size_t size) { return counted_new(size, usual); }
+void* operator new[](std::size_t size) { return counted_new(size, usual); }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return quiet_new(size, usual); }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return quiet_new(size, usual); }
+void* operator new(std::size_t size, std::align_val_t a) { return counted_new(size, static_cast<std::size_t>(a)); }
+void* operator new[](std::size_t size, std::align_val_t a) { return counted_new(size, static_cast<std::size_t>(a)); }
+void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return quiet_new(size, static_cast<std::size_t>(a));
+}
+void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return quiet_new(size, static_cast<std::size_t>(a));
+}
+void operator delete(void* data) noexcept { counted_delete(data); }
+void operator delete[](void* data) noexcept { counted_delete(data); }
+void operator delete(void* data, std::size_t) noexcept { counted_delete(data); }
+void operator delete[](void* data, std::size_t) noexcept { counted_delete(data); }
+void operator delete(void* data, const std::nothrow_t&) noexcept { counted_delete(data); }
+void operator delete[](void* data, const std::nothrow_t&) noexcept { counted_delete(data); }
+void operator delete(void* data, std::align_val_t) noexcept { counted_delete(data); }
+void operator delete[](void* data, std::align_val_t) noexcept { counted_delete(data); }
+void operator delete(void* data, std::size_t, std::align_val_t) noexcept { counted_delete(data); }
+void operator delete[](void* data, std::size_t, std::align_val_t) noexcept { counted_delete(data); }
+void operator delete(void* data, std::align_val_t, const std::nothrow_t&) noexcept { counted_delete(data); }
+void operator delete[](void* data, std::align_val_t, const std::nothrow_t&) noexcept { counted_delete(data); }
+
+namespace kvsparse_test {
+namespace {
+
+using namespace kvsparse;
+
+struct Counters {
+  std::size_t allocated = allocations;
+  std::size_t freed = deallocations;
+  friend bool operator==(const Counters&, const Counters&) = default;
+};
+
+CacheConfig config_of(std::size_t page_size, std::size_t group) {
+  CacheConfig config;
+  config.kv_heads = 2;
+  config.query_heads = 2 * group;
+  config.head_dim = 20;
+  config.page_size = page_size;
+  config.budget_tokens = 6 * page_size;
+  config.read_budget_tokens = 3 * page_size;
+  config.max_tokens = 20 * page_size;
+  return config;
+}
+
+/// Calls visit<Policy, Scalar>() for every policy of the name table, compositions included, and every storage type.
+template <class Visit>
+void for_every_cache(Visit&& visit) {
+  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
+    const auto with = [&]<class Scalar>() {
+      SCOPED_TRACE(std::string(Policy::name) + " in " + std::string(scalar_name<Scalar>));
+      visit.template operator()<Policy, Scalar>();
+    };
+    with.template operator()<float>();
+    with.template operator()<Half>();
+    with.template operator()<Bfloat16>();
+  });
+}
+
+/// Policies under options that change what they ask of the cache.
+template <class Policy>
+std::vector<Policy> variants() {
+  std::vector<Policy> result(1);
+  const auto add = [&](const char* key, const char* value) {
+    Policy policy;
+    if (set_option(policy, {key, value})) result.push_back(policy);
+  };
+  add("evidence", "quest_bound");
+  add("pool", "query_head");
+  add("used", "rank");
+  return result;
+}
+
+template <class Policy, class Scalar>
+void expect_a_decode_without_allocations(std::size_t page_size, std::size_t group, const Policy& policy) {
+  const CacheConfig config = config_of(page_size, group);
+  PagedKvCache<Policy, Scalar> cache(config, policy);
+  TestRng rng(page_size);
+  const std::size_t prompt = 2 * page_size + 1;
+  const std::size_t kv = 2 * 20;
+  std::vector<float> k(prompt * kv), v(prompt * kv), q(prompt * group * kv), out(q.size()), lse(2 * group);
+  for (std::vector<float>* rows : {&k, &v, &q}) {
+    for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+  }
+  const Counters before;
+  bool ok = true;
+  for (int round = 0; round < 2; ++round) {
+    ok = ok && cache.append_prompt(k, v).ok();
+    ok = ok && attend_prompt(cache, TokenRows<const float>(q.data(), prompt, 2 * group, 20),
+                             TokenRows<float>(out.data(), prompt, 2 * group, 20))
+                   .ok();
+    cache.end_prompt();
+    for (std::size_t t = prompt; t < config.max_tokens; ++t) {
+      const std::size_t row = t % prompt;
+      ok =
+          ok && cache.append(std::span<const float>(k).subspan(row * kv, kv), std::span<const float>(v).first(kv)).ok();
+      ok = ok && attend(cache, std::span<const float>(q).subspan(row * group * kv, group * kv),
+                        std::span<float>(out).first(group * kv), lse)
+                     .ok();
+      ok = ok && cache.stats().tokens == t + 1;
+    }
+    // Refusals cost nothing either: the sentence is made when somebody asks for it.
+    ok = ok && !cache.append(std::span<const float>(k).first(1), std::span<const float>(v).first(1)).ok();
+    cache.clear();
+  }
+  const Counters after;
+  EXPECT_TRUE(ok);
+  EXPECT_TRUE(after == before) << after.allocated - before.allocated << " allocations";
+}
+
+TEST(Allocations, ThereAreNoneInADecodeStepOfAnyPolicyInAnyStorageType) {
+  for_every_cache([]<class Policy, class Scalar>() {
+    for (const Policy& policy : variants<Policy>()) {
+      expect_a_decode_without_allocations<Policy, Scalar>(1, 1, policy);
+      expect_a_decode_without_allocations<Policy, Scalar>(7, 3, policy);
+      expect_a_decode_without_allocations<Policy, Scalar>(16, 4, policy);
+    }
+  });
+}
+
+template <class Policy, class Scalar>
+void expect_the_bytes_that_were_announced(const CacheConfig& config, const Policy& policy) {
+  const std::size_t announced = PagedKvCache<Policy, Scalar>::bytes_required(config, policy);
+  const std::size_t before = live_bytes;
+  {
+    const PagedKvCache<Policy, Scalar> cache(config, policy);
+    EXPECT_EQ(live_bytes - before, announced) << "page size " << config.page_size << ", head_dim " << config.head_dim;
+  }
+  EXPECT_EQ(live_bytes, before) << "not everything was given back";
+}
+
+TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
+  for_every_cache([]<class Policy, class Scalar>() {
+    for (const Policy& policy : variants<Policy>()) {
+      for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
+        CacheConfig config = config_of(page_size, 3);
+        expect_the_bytes_that_were_announced<Policy, Scalar>(config, policy);
+        config.head_dim = 128;
+        config.prompt_overflow = PromptOverflow::grow;
+        config.max_prompt_tokens = 11 * page_size;
+        expect_the_bytes_that_were_announced<Policy, Scalar>(config, policy);
+      }
+    }
+  });
+}
+
+/// What the optional parts of the contract cost is announced as well.
+struct Everything {
+  static constexpr std::string_view name = "everything";
+  static constexpr PolicyGranularity granularity = PolicyGranularity::token;
+  static constexpr EvidenceKind evidence =
+      EvidenceKind::page_mass | EvidenceKind::largest_token_mass | EvidenceKind::token_weights;
+  static constexpr PageSummary page_summary = PageSummary::mean;
+  static constexpr std::size_t query_window = 3;
+  static constexpr std::size_t period = 4;
+  static constexpr std::size_t slack_tokens = 4;
+  struct PageState {
+    double numbers[3];
+  };
+  struct HeadState {
+    double numbers[5];
+  };
+  struct LayerState {
+    double numbers[7];
+  };
+  void observe(HeadView<Everything>, const Evidence&) const {}
+  void select(HeadView<Everything>, QueryGroup, Selection& selection) const { selection.add_all(); }
+  void trim(HeadView<Everything> head, PageList& pages) const {
+    for (const PageIndex page : head.evictable_pages()) pages.add(page);
+  }
+  PageIndex victim(HeadView<Everything> head) const {
+    return head.lowest_evictable([&](PageIndex page) { return head.first_position(page); });
+  }
+};
+
+TEST(Allocations, APolicyThatAsksForEverythingGetsItAtConstruction) {
+  for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
+    expect_the_bytes_that_were_announced<Everything, float>(config_of(page_size, 3), {});
+    expect_the_bytes_that_were_announced<Everything, Half>(config_of(page_size, 3), {});
+    expect_a_decode_without_allocations<Everything, float>(page_size, 3, {});
+  }
+}
+
+TEST(Allocations, ACopyCostsWhatTheOriginalCost) {
+  using Cache = PagedKvCache<Compose<Raas, Quest>, Half>;
+  const CacheConfig config = config_of(7, 3);
+  const Cache cache(config);
+  const std::size_t before = live_bytes;
+  const Cache copy(cache);
+  EXPECT_EQ(live_bytes - before, Cache::bytes_required(config));
+}
+
+TEST(Allocations, ARefusedConfigurationLeavesNothingBehind) {
+  using Cache = PagedKvCache<Raas>;
+  CacheConfig config = config_of(7, 3);
+  config.budget_tokens = 1;
+  const std::size_t before = live_bytes;
+  EXPECT_THROW(const Cache cache(config), ConfigError);
+  EXPECT_THROW(static_cast<void>(Cache::bytes_required(config)), ConfigError);
+  EXPECT_EQ(live_bytes, before);
+}
+
+}  // namespace
+}  // namespace kvsparse_test

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that must hold before a change lands, from a fresh Debian or Ubuntu machine on:
+#
+#   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan
+#   tests/run.sh --full   beside that: -march=native, AVX2 and -O3 builds of the tests, replay checked in full
+#
+# Builds lie in build/<preset>/. Stops at the first failure.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() { printf 'tests/run.sh: %s\n' "$*" >&2; exit 1; }
+
+full=no
+case "${1:-}" in
+  "") ;;
+  --full) full=yes ;;
+  *) die "unknown option $1; there is --full" ;;
+esac
+
+packages=(build-essential g++ clang cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
+  libcli11-dev python3 python3-numpy)
+
+# Installs what is missing when this user may, else says how.
+install_packages() {
+  command -v dpkg-query >/dev/null ||
+    die "this script knows Debian and Ubuntu only; elsewhere install what these packages hold: ${packages[*]}"
+  local missing=() package
+  for package in "${packages[@]}"; do
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  local as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! sudo -n true 2>/dev/null; then
+      die "packages are missing; install them with:  sudo apt-get install ${missing[*]}"
+    fi
+    as_root=(sudo -n)
+  fi
+  echo "installing: ${missing[*]}"
+  "${as_root[@]}" apt-get update -qq || echo "the package lists could not be refreshed; going on with the old ones"
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+passed=()
+launcher=()
+command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
+
+# check NAME PRESET [CMAKE OPTION...]: configures build/NAME, builds it, runs its tests.
+check() {
+  local name=$1 preset=$2 started=$SECONDS summary
+  shift 2
+  printf '\n== %s\n' "$name"
+  cmake --preset "$preset" -B "build/$name" -DKVSPARSE_TESTS_WERROR=ON "${launcher[@]}" "$@" >/dev/null
+  cmake --build "build/$name" --parallel "$(nproc)" -- --quiet
+  mkdir -p "build/$name/Testing"
+  summary=build/$name/Testing/summary.txt
+  ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" | tee "$summary"
+  passed+=("$name: $(grep 'tests passed' "$summary") ($((SECONDS - started)) s with the build)")
+}
+
+install_packages
+python=/usr/bin/python3  # the one that has Debian's numpy
+[ -x "$python" ] || python=python3
+tests_only=(-DKVSPARSE_BUILD_BENCH=OFF -DKVSPARSE_BUILD_EXAMPLES=OFF -DKVSPARSE_SOURCE_TESTS=OFF)
+
+# g++ builds the tests for the plain processor of its target, the two others for this one: all kernels are run.
+sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+check dev dev
+check clang clang "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native"
+check asan-ubsan asan-ubsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native $sanitize"
+
+if [ "$full" = yes ]; then
+  # The presets' own flags, with other processors: the kernels differ from one to the next.
+  check native dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native"
+  check avx2 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -mavx2 -mfma -mf16c"
+  check avx2-asan asan-ubsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -mavx2 -mfma -mf16c $sanitize"
+  check clang-x86-64 clang "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=x86-64"
+  check o3 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O3 -march=native"
+  check o3-release release "${tests_only[@]}"
+  printf '\n== replay in full\n'
+  cmake --preset release -B build/release -DKVSPARSE_BUILD_TESTS=OFF "${launcher[@]}" >/dev/null
+  cmake --build build/release --target replay --parallel "$(nproc)" -- --quiet
+  "$python" tests/replay/check_replay.py build/release/bench/replay --dtypes f32,f16,bf16
+  passed+=("replay: every case, in f32, f16 and bf16")
+fi
+
+printf '\n== passed\n'
+printf '%s\n' "${passed[@]}"
