@@ -76,6 +76,14 @@ inline void refuse_setting(const std::string& text, const std::vector<std::strin
     for (const std::string& key : keys) known += (key == keys.front() ? "" : ", ") + key;
     if (keys.empty()) known += "none";
   }
+  std::vector<std::string> all;
+  for (const std::string& policy : kvsparse::policy_names()) {
+    for (const std::string& key : setting_keys(policy)) {
+      if (std::find(all.begin(), all.end(), key) == all.end()) all.push_back(key);
+    }
+  }
+  known += "; all keys are ";
+  for (const std::string& key : all) known += (key == all.front() ? "" : ", ") + key;
   throw UsageError("--set " + in_quotes(text) + " fits none of the listed policies" + known);
 }
 
