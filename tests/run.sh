@@ -46,13 +46,22 @@ passed=()
 launcher=()
 command -v ccache >/dev/null && launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 
+# build NAME [TARGET...]: quiet when all is well; warnings outside the tests are counted, in them they are errors.
+build() {
+  local name=$1 log=build/$1/build.log warnings
+  shift
+  cmake --build "build/$name" --parallel "$(nproc)" ${1:+--target "$@"} >"$log" 2>&1 || { cat "$log"; die "build/$name failed"; }
+  warnings=$(grep -c ' warning: ' "$log" || true)
+  [ "$warnings" -eq 0 ] || echo "$warnings warnings, in $log"
+}
+
 # check NAME PRESET [CMAKE OPTION...]: configures build/NAME, builds it, runs its tests.
 check() {
   local name=$1 preset=$2 started=$SECONDS summary
   shift 2
   printf '\n== %s\n' "$name"
   cmake --preset "$preset" -B "build/$name" -DKVSPARSE_TESTS_WERROR=ON "${launcher[@]}" "$@" >/dev/null
-  cmake --build "build/$name" --parallel "$(nproc)" -- --quiet
+  build "$name"
   mkdir -p "build/$name/Testing"
   summary=build/$name/Testing/summary.txt
   ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" | tee "$summary"
@@ -80,7 +89,7 @@ if [ "$full" = yes ]; then
   check o3-release release "${tests_only[@]}"
   printf '\n== replay in full\n'
   cmake --preset release -B build/release -DKVSPARSE_BUILD_TESTS=OFF "${launcher[@]}" >/dev/null
-  cmake --build build/release --target replay --parallel "$(nproc)" -- --quiet
+  build release replay
   "$python" tests/replay/check_replay.py build/release/bench/replay --dtypes f32,f16,bf16
   passed+=("replay: every case, in f32, f16 and bf16")
 fi

@@ -96,7 +96,7 @@ void register_benchmarks() {
     const std::string name = kind + "/" + what + "/N:" + std::to_string(tokens) + "/L:" + std::to_string(budget_tokens);
     benchmark::RegisterBenchmark(name.c_str(), run, tokens, budget_tokens)->Unit(benchmark::kMicrosecond);
   };
-  for (const std::size_t tokens : {1024, 4096, 16384, 65536}) {
+  for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
     add("decode_step", tokens, decode_step<Policy, Scalar>);
     if constexpr (kvsparse::Selector<Policy>) {
       if (tokens > budget_tokens) add("select", tokens, select<Policy, Scalar>);
