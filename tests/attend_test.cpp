@@ -454,8 +454,14 @@ std::int64_t rotation_of(std::size_t page) { return page < 2 ? 100 : page == 3 ?
 
 struct Rotated {
   static constexpr std::string_view name = "rotated";
+  // The rotated pages first, the others in a second selection: its query must be the plain one again.
   void select(HeadView<Rotated> head, QueryGroup, Selection& selection) const {
-    for (const PageIndex page : head.pages()) selection.add({page, {}, 0.0F, 0.0F, rotation_of(page.value)});
+    for (const PageIndex page : head.pages()) {
+      if (rotation_of(page.value) != 0) selection.add({page, {}, 0.0F, 0.0F, rotation_of(page.value)});
+    }
+  }
+  void select_more(HeadView<Rotated>, QueryGroup, std::span<const SoftmaxState>, Selection& selection) const {
+    selection.add_all();
   }
 };
 

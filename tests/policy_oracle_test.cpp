@@ -208,13 +208,24 @@ std::vector<PolicyCase> policy_cases() {
   };
 }
 
+bool pins_prompt(const NaiveSettings& settings) {
+  const std::string evictor = settings.policy.substr(0, settings.policy.find('+'));
+  return settings.pin_prompt.value_or(evictor == "raas" || evictor == "random");
+}
+
+bool pins_prompt(const PolicyCase& policy) {
+  NaiveSettings settings;
+  settings.policy = policy.policy;
+  policy.oracle_settings(settings);
+  return pins_prompt(settings);
+}
+
 class PolicyOracle : public testing::TestWithParam<PolicyCase> {
  protected:
   /// The smallest budget in pages that the settings allow.
   static int pinned_pages(const NaiveTrace& trace, const NaiveSettings& settings) {
     const std::string evictor = settings.policy.substr(0, settings.policy.find('+'));
-    const bool pins = settings.pin_prompt.value_or(evictor == "raas" || evictor == "random");
-    const int prompt = pins ? naive::pages_for(trace.prompt_tokens, settings.page_size) : 0;
+    const int prompt = pins_prompt(settings) ? naive::pages_for(trace.prompt_tokens, settings.page_size) : 0;
     const int sinks = evictor == "streaming_llm" ? naive::pages_for(settings.sinks, settings.page_size) : 0;
     return std::max(prompt, sinks);
   }
@@ -310,6 +321,34 @@ TEST_P(PolicyOracle, BreaksExactTiesAsTheOracle) {
   EXPECT_GT(tally.compared, 4 * tally.excused);
 }
 
+class UnpinnedPrompts : public PolicyOracle {};
+
+TEST_P(UnpinnedPrompts, OverflowTheBudgetAndAreEvictedAsTheOracleSays) {
+  Tally tally;
+  int round = 1;
+  for (const int page_size : page_sizes) {
+    TraceShape shape = shape_of(page_size, round);
+    shape.prompt_tokens = 6 * page_size + 2;
+    const NaiveTrace trace = gaussian_trace(shape, static_cast<std::uint64_t>(round), 2.5);
+    const Replay run = replay_of(trace, page_size, 4, 2);
+    SCOPED_TRACE("page size " + std::to_string(page_size));
+    compare(run, tally);
+    if (HasFatalFailure()) return;
+    ++round;
+  }
+  tally.expect_mostly_compared();
+}
+
+std::vector<PolicyCase> unpinned_cases() {
+  std::vector<PolicyCase> cases;
+  for (const PolicyCase& policy : policy_cases()) {
+    if (!pins_prompt(policy)) cases.push_back(policy);
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, UnpinnedPrompts, testing::ValuesIn(unpinned_cases()),
+                         [](const auto& instance) { return instance.param.title; });
 INSTANTIATE_TEST_SUITE_P(All, PolicyOracle, testing::ValuesIn(policy_cases()),
                          [](const auto& instance) { return instance.param.title; });
 

@@ -100,7 +100,10 @@ inline std::vector<std::size_t> parse_budgets(const std::string& text) {
 inline bool same_file(const std::filesystem::path& a, const std::filesystem::path& b) {
   std::error_code error;
   if (std::filesystem::equivalent(a, b, error)) return true;
-  return std::filesystem::weakly_canonical(a, error) == std::filesystem::weakly_canonical(b, error);
+  const auto place = [&](const std::filesystem::path& file) {  // of a file that need not exist yet
+    return std::filesystem::weakly_canonical(std::filesystem::absolute(file, error), error);
+  };
+  return place(a) == place(b);
 }
 
 /// No output may overwrite the trace or another output.
@@ -165,8 +168,7 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
   options.dtype = kvsparse::scalar_type(dtype);
   options.settings = settings_per_policy(options.policies, options.setting_texts);
   if (!options.dump_file.empty() && (options.policies.size() > 1 || options.budgets.size() > 1)) {
-    throw UsageError("--dump needs one policy and one budget, not " + std::to_string(options.policies.size()) +
-                     " policies and " + std::to_string(options.budgets.size()) + " budgets");
+    throw UsageError("--dump takes one policy and one budget, not lists of them");
   }
   detail::refuse_shared_files(options);
   return options;

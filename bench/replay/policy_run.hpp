@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <kvsparse/cache/any_cache.hpp>
 #include <limits>
+#include <new>
 #include <span>
 #include <string>
 #include <vector>
@@ -106,6 +107,8 @@ class PolicyRun {
       return cache;
     } catch (const kvsparse::ConfigError& error) {
       throw UsageError(who + error.what());
+    } catch (const std::bad_alloc&) {
+      throw UsageError(who + "not enough memory for a cache of that size");
     }
   }
 

@@ -60,7 +60,8 @@ class ReplayReport {
     const auto add_line = [&](const auto& cell_of, const Json& columns) {
       bool first = true;
       for (const auto& [name, value] : columns.items()) {
-        text += (first ? "" : ",") + cell_of(name, value);
+        if (!first) text += ',';
+        text += cell_of(name, value);
         first = false;
       }
       text += '\n';
@@ -114,9 +115,10 @@ class ReplayReport {
     return value.is_string() ? value.get<std::string>() : value.dump();  // no policy's name holds a comma or a quote
   }
 
-  /// Three significant digits; a dash for what there is no number for.
-  static std::string short_text(double value) {
-    if (!std::isfinite(value)) return "-";
+  /// Three significant digits.
+  static std::string error_text(const ReplayMetrics& metrics, double value) {
+    if (metrics.decode_steps == 0) return "-";
+    if (!std::isfinite(value)) return "not finite";  // products of the trace exceed what a float holds
     char buffer[32];
     std::snprintf(buffer, sizeof buffer, "%.3g", value);
     return buffer;
@@ -144,8 +146,8 @@ class ReplayReport {
       std::vector<std::string> row{result.policy, std::to_string(result.budget_tokens)};
       if (any_selects()) row.push_back(result.read_budget_tokens ? std::to_string(*result.read_budget_tokens) : "-");
       row.push_back(std::isfinite(m.share) ? fixed_text(100.0 * m.share, 2) + " %" : "-");
-      row.push_back(short_text(m.mean_error));
-      row.push_back(short_text(m.max_error));
+      row.push_back(error_text(m, m.mean_error));
+      row.push_back(error_text(m, m.max_error));
       row.push_back(std::to_string(result.cache.peak_resident_tokens));
       row.push_back(bytes_text(result.cache.peak_resident_bytes));
       row.push_back(std::to_string(result.cache.evicted_tokens));
@@ -158,8 +160,9 @@ class ReplayReport {
   }
 
   void print_legend(std::ostream& out) const {
-    out << "\nbudget       tokens a kv head may keep; dense keeps and reads everything, whatever the budget\n";
-    if (any_selects()) out << "read budget  tokens a query may read of what is kept\n";
+    out << "\nbudget       tokens a kv head may keep; dense keeps everything, as does what only selects (quest, "
+           "oracle)\n";
+    if (any_selects()) out << "read budget  tokens a query may read of those kept\n";
     out << "mass read    share of the dense softmax that lies on the tokens read (by any query head of the kv head's "
            "group),\n             mean over decode queries and query heads\n"
            "error        |out - dense| / |dense| of a query head, dense in double from the f32 trace; mean and max "

@@ -292,6 +292,12 @@ struct SelectMoreOfNothing : Named {
 struct StepEndOfAHead : Named {
   void on_step_end(LayerView<StepEndOfAHead>) const {}
 };
+// EXPECT trim works head by head, but scope = layer evicts all heads together.
+struct TrimOfALayer : Named {
+  static constexpr PolicyScope scope = PolicyScope::layer;
+  PageIndex victim(LayerView<TrimOfALayer>) const { return {}; }
+  void trim(HeadView<TrimOfALayer>, PageList&) const {}
+};
 // EXPECT scope = layer promises a shared victim.
 struct LayerWithoutVictim : Named {
   static constexpr PolicyScope scope = PolicyScope::layer;

@@ -217,6 +217,7 @@ KVSPARSE_INLINE void page_softmax(const PageRead& read, SoftmaxState* states, Pa
   using Tile = TileLanes<Queries>;
   const auto max = [](Floats a, Floats b) { return simd::max(a, b); };
   const auto add = [](Floats a, Floats b) { return a + b; };
+  KVSPARSE_ASSERT(read.tokens >= 1 && read.tokens <= max_page_size);
   const std::size_t tiles = divide_up(read.tokens, Tile::tile);
   float* last = weights.values + (tiles - 1) * lanes;
   simd::store(last, Tile::keep_tokens(simd::load(last), read.tokens - (tiles - 1) * Tile::tile,

@@ -94,6 +94,9 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
                                   config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens}) {
     if (value > largest) refuse("a configured size of " + quoted(value) + " exceeds 2^40");
   }
+  constexpr std::size_t most_channels = std::size_t{1} << 20;
+  if (config.query_heads > most_channels) refuse("query_heads = " + quoted(config.query_heads) + " exceeds 2^20");
+  if (config.head_dim > most_channels) refuse("head_dim = " + quoted(config.head_dim) + " exceeds 2^20");
   if (!std::isfinite(config.softmax_scale) || !std::isfinite(config.rope_theta)) {
     refuse("softmax_scale and rope_theta must be finite");
   }

@@ -241,13 +241,14 @@ class PagedKvCache {
     Head& head = heads_[kv_head];
     head.finish_query(group);
     if constexpr (Observer<Policy>) {
-      policy_.observe(view(kv_head, head.query_end, true), head.evidence(group, in_prompt(), geometry().page_size));
+      const bool is_prompt = head.query_end <= Position{0} + prompt_tokens_;
+      policy_.observe(view(kv_head, head.query_end, true), head.evidence(group, is_prompt, geometry().page_size));
     }
   }
 
   /// After all heads observed. Serial.
   void end_step() noexcept {
-    if constexpr (StepObserver<Policy>) policy_.on_step_end(layer_view());
+    if constexpr (StepObserver<Policy>) policy_.on_step_end(layer_view(&query_view));
   }
 
   /// Working memory of attend() for one head: padded queries, accumulators, states.
@@ -271,7 +272,8 @@ class PagedKvCache {
   }
 
   bool reads_all(std::size_t kv_head) const {
-    return !Selector<Policy> || heads_[kv_head].visible_pages() <= context_.read_page_budget;
+    if (!Selector<Policy>) return true;
+    return !traits::select_always<Policy>() && heads_[kv_head].visible_pages() <= context_.read_page_budget;
   }
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
   HeadRows<const float> key_rows(std::span<const float> flat) const {
@@ -291,17 +293,21 @@ class PagedKvCache {
   HeadView<Policy> view(std::size_t kv_head, Position end, bool has_open_page) {
     return heads_[kv_head].view(context_, &store_, kv_head, end, has_open_page);
   }
-  LayerView<Policy> layer_view() {
-    const auto head_of = [](void* owner, std::size_t kv_head) {
-      return static_cast<PagedKvCache*>(owner)->view(kv_head);
-    };
+  LayerView<Policy> layer_view(typename LayerView<Policy>::HeadOf head_of) {
     return {this, head_of, heads_.size(), layer_state_};
+  }
+  static HeadView<Policy> victim_view(void* cache, std::size_t kv_head) {
+    return static_cast<PagedKvCache*>(cache)->view(kv_head);
+  }
+  static HeadView<Policy> query_view(void* cache, std::size_t kv_head) {
+    auto* self = static_cast<PagedKvCache*>(cache);
+    return self->view(kv_head, self->heads_[kv_head].query_end, true);
   }
 
   template <class Row>
   void store_token(HeadRows<const Row> k, HeadRows<const Row> v) {
     const Slot slot = geometry().slot_of(next_);
-    if (due_for_trim()) trim();
+    if (due_for_trim()) trim(slot.value != 0);
     if (slot.value == 0) open_pages();
     [[maybe_unused]] const bool full = slot.value + 1 == geometry().page_size;
     for (std::size_t h = 0; h < heads_.size(); ++h) {
@@ -343,7 +349,7 @@ class PagedKvCache {
     if constexpr (LayerEvictor<Policy>) {
       if (heads_[0].table.size() < page_budget()) return;
       for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
-      const PageIndex victim = policy_.victim(layer_view());
+      const PageIndex victim = policy_.victim(layer_view(&victim_view));
       for (std::size_t h = 0; h < heads_.size(); ++h) evict(h, victim);
     } else {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
@@ -377,18 +383,19 @@ class PagedKvCache {
       }
       if constexpr (PromptEndListener<Policy>) policy_.on_prompt_end(view(h, next_, true));
     }
-    trim();
+    trim(true);
   }
 
   bool due_for_trim() const {
     const std::size_t period = traits::period(policy_);
     return period != 0 && decode_tokens_ != 0 && decode_tokens_ % period == 0;
   }
-  void trim() {
+  /// The page of the newest token stays open until the append that opens another, even when it is full.
+  void trim([[maybe_unused]] bool has_open_page) {
     if constexpr (Trimmer<Policy>) {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
         Head& head = heads_[h];
-        const HeadView<Policy> pages = view(h, next_, geometry().slot_of(next_).value != 0);
+        const HeadView<Policy> pages = view(h, next_, has_open_page);
         head.trimmed.clear();
         policy_.trim(pages, head.trimmed);
         for (const PageIndex victim : head.trimmed.newest_first()) {  // so that the older indices stay valid

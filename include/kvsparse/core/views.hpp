@@ -91,7 +91,7 @@ struct PagedKv {
 struct PageRead {
   PageId page;
   PageIndex index;
-  std::uint32_t tokens = 0;                   ///< the first `tokens` slots are read
+  std::uint32_t tokens = 0;                   ///< the first `tokens` slots are read, 1 .. 256
   const std::uint64_t* token_mask = nullptr;  ///< bit s set: slot s is read; null: all are
   float log_weight = 0.0F;                    ///< added to the logits in the denominator
   float value_log_weight = 0.0F;              ///< added to the logits in the numerator

@@ -46,6 +46,8 @@ struct Compose {
   };
   using LayerState = kvsparse::LayerState<Evict>;
 
+  static constexpr bool select_always = traits::select_always<Select>();
+
   SelectionScope selection() const { return traits::selection(select_part); }
   EvidenceKind evidence() const { return traits::evidence(evict) | traits::evidence(select_part); }
   std::size_t query_window() const { return std::max(traits::query_window(evict), traits::query_window(select_part)); }

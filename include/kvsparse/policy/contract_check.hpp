@@ -241,6 +241,10 @@ struct ContractCheck {
   static_assert(!has_member_trim<P> || has_member_victim<P>,
                 "kvsparse policy: trim alone cannot keep the budget between its calls. Write also: "
                 "PageIndex victim(HeadView<P> head) const;");
+  static_assert(
+      !has_member_trim<P> || traits::scope<P>() == PolicyScope::kv_head,
+      "kvsparse policy: trim works head by head, but scope = layer evicts all heads together. Remove trim, or the "
+      "trait scope.");
   static_assert(!has_member_select_more<P> || has_member_select<P>,
                 "kvsparse policy: select_more continues a selection. Write also: "
                 "void select(HeadView<P> head, QueryGroup queries, Selection& selection) const;");

@@ -1,40 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The policy contract. A policy is a copyable struct; every verb and every trait below is optional, and an absent one
-// means "nothing to do" or the default in parentheses. The container owns all state, calls the verbs, and moves the
-// pages; a policy only decides. Verbs are const members of the policy and take views by value; none may allocate, throw
-// or lock.
+// clang-format off
+// The policy contract. A policy is a copyable struct; every verb and every trait below is optional, and an absent one means
+// "nothing to do" or the default in parentheses. The container owns all state, calls the verbs, and moves the pages; a policy
+// only decides. Verbs are const members of the policy and take views by value; none may allocate, throw or lock.
 //
-// State         PageState, HeadState, LayerState   trivially copyable structs; copied, forked and saved by the
-// container.
-//                                                   A page's state is value-initialised before on_page_open.
+// State         PageState, HeadState, LayerState   trivially copyable structs; copied, forked and saved by the container.
+//                                                  A page's state is value-initialised before on_page_open.
 // Options       struct Options { ...; void visit(auto&& field) { field("alpha", alpha); ... } } options;
 //               named once here, they are the command line's --set keys and what a snapshot stores. May have
 //               std::string problem() const (a sentence if a value is out of range, else empty) and
 //               bool preset(std::string_view name) with static constexpr std::string_view presets = "a|b".
-//               An enum option's names stand in the policy: static constexpr std::string_view names_of(E) { return
-//               "a|b"; }
+//               An enum option's names stand in the policy: static constexpr std::string_view names_of(E) { return "a|b"; }
 //
-// Traits        static constexpr members, or const member functions of the same name where an option decides:
-//   name           (required)    std::string_view          the name on command lines
-//   scope          (kv_head)     PolicyScope::layer: all heads of a layer evict the same positions
-//   granularity    (page)        PolicyGranularity::token: select may read part of a page
-//   selection      (kv_head)     SelectionScope::query_head: select is called for each query head by itself
-//   evidence       (none)        EvidenceKind flags: what observe needs from the kernel
-//   query_window   (0)           recent queries that the container keeps for HeadPages::recent_queries
-//   page_summary   (none)        PageSummary::min_max or mean
-//   slack_tokens   (0)           a lagged evictor aims this far below the budget, so that the budget holds between
-//   trims period         (0)           decode steps between two calls of trim pin_prompt     (false)       pages that
-//   hold a prompt token are never victims
+// Traits        static constexpr members, or (*) const member functions of the same name where an option decides:
+//   name             (required)  std::string_view          the name on command lines
+//   scope            (kv_head)   PolicyScope::layer: all heads of a layer evict the same positions
+//   granularity      (page)      PolicyGranularity::token: select may read part of a page
+//   select_always    (false)     select is called even while the read budget would allow reading everything
+//   selection      * (kv_head)   SelectionScope::query_head: select is called for each query head by itself
+//   evidence       * (none)      EvidenceKind flags: what observe needs from the kernel
+//   query_window   * (0)         recent queries that the container keeps for HeadPages::recent_queries
+//   page_summary   * (none)      PageSummary::min_max or mean
+//   slack_tokens   * (0)         a lagged evictor aims this far below the budget, so that the budget holds between trims
+//   period         * (0)         decode steps between two calls of trim
+//   pin_prompt     * (false)     pages that hold a prompt token are never victims
 //
 // Verbs         P stands for the policy.
 //   on_page_open(HeadView<P>, PageIndex)          a page was opened, still empty: before its first on_append
 //   on_append(HeadView<P>, PageIndex, Slot)       a token was stored
 //   on_page_full(HeadView<P>, PageIndex)          its last slot was stored
 //   on_prompt_end(HeadView<P>)                    once, before the first decode token
-//   on_clear(HeadView<P>)                         the head was emptied; head state is kept: reset it here
-//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. Called when more
-//   pages
+//   on_clear(HeadView<P>)                         the head was emptied and its state value-initialised
+//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. Called when more pages
 //                                                 are resident than read_page_budget(); below it everything is read
 //   select_more(HeadView<P>, QueryGroup, std::span<const SoftmaxState>, Selection&)
 //                                                 more pages, given the softmax so far; called until it adds nothing
@@ -42,35 +40,35 @@
 //   on_step_end(LayerView<P>)                     scope layer: after all heads observed, serially
 //   PageIndex victim(HeadView<P>)                 scope kv_head: the page to give up when room is needed; loses data
 //   PageIndex victim(LayerView<P>)                scope layer: the same page index for every head
-//   trim(HeadView<P>, PageList&)                  many victims: at prompt end and every `period` decode steps
+//   trim(HeadView<P>, PageList&)                  scope kv_head: many victims, at prompt end and every `period` decode steps
 //   on_evict(HeadView<P>, PageIndex)              before the page's slots are reused; its rows can still be loaded
 //   residual(HeadView<P>, QueryGroup, std::span<SoftmaxState>)
 //                                                 merges what summaries of evicted tokens stand for
 //   std::size_t pinned_pages(const Geometry&)     the first pages of the sequence that are never victims (sinks)
 //   PagesUsed pages_used(HeadView<P>)             for stats(): how many of the pages judged were found used
 //
-// `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no
-// open page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is
-// unknown, not zero. Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork,
-// rollback and snapshots.
+// `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no open
+// page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is unknown, not zero.
+// Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork, rollback and snapshots.
 //
 // Why this is enough (each policy of the literature that we mean to write, and where it lives in the contract):
-//   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the
-//   heads. SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+
-//   period: SnapKV-D). RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity
-//   of load_key rows. LazyEviction      PageState {last use, largest gap}; observe updates both; period W, slack_tokens
-//   W; trim scores survival. HashAttention     PageState holds page_size signatures set in on_append; granularity
-//   token; select sets token masks. HierarchicalTopK  select probes load_key of middle slots, coarse to fine; no state.
-//   HalfSpace         page_summary min_max; select adds every page whose bound passes a threshold kept in HeadState
-//                     (last step's log_sum_exp), however many they are.
-//   Certified         page_summary min_max; select reads the best pages; select_more compares the unread pages' bounds
-//   with
+//   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the heads.
+//   SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+ period: SnapKV-D).
+//   RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity of load_key rows.
+//   LazyEviction      PageState {last use, largest gap}; observe updates both; period W, slack_tokens W; trim scores survival.
+//   HashAttention     PageState holds one signature a slot, up to max_page_size, set in on_append; granularity token; select
+//                     sets token masks.
+//   HierarchicalTopK  select probes load_key of middle slots, coarse to fine; no state.
+//   HalfSpace         page_summary min_max, select_always; select adds every page whose bound passes a threshold kept in
+//                     HeadState (last step's log_sum_exp), however many they are.
+//   Certified         page_summary min_max; select reads the best pages; select_more compares the unread pages' bounds with
 //                     the SoftmaxState so far and goes on until the certificate holds.
-//   SubGen            on_evict hands the page's weight to the nearest survivor's PageState; select gives log_weight and
-//                     value_log_weight.
-//   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState; residual merges it by
-//   log-sum-exp.
+//   SubGen            select_always; on_evict hands the page's weight to the nearest survivor's PageState; select gives
+//                     log_weight and value_log_weight.
+//   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState, of a compile-time largest size;
+//                     residual merges it by log-sum-exp.
 // Token-level papers are exact at page_size 1; at larger pages a page's score is the summed mass of its tokens.
+// clang-format on
 #pragma once
 
 #include <concepts>
@@ -188,6 +186,16 @@ constexpr PolicyGranularity granularity() {
     return P::granularity;
   } else {
     return PolicyGranularity::page;
+  }
+}
+template <class P>
+constexpr bool select_always() {
+  if constexpr (requires {
+                  { P::select_always } -> std::convertible_to<bool>;
+                }) {
+    return P::select_always;
+  } else {
+    return false;
   }
 }
 

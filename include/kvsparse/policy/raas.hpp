@@ -104,7 +104,6 @@ struct Raas {
   }
 
   PagesUsed pages_used(HeadView<Raas> head) const { return head.head_state().pages_used; }
-  void on_clear(HeadView<Raas> head) const { head.head_state() = {}; }
 
  private:
   /// What is ranked or compared with alpha, [resident pages]; under exact mass -1 for a page that was not read.

@@ -19,6 +19,10 @@ struct StreamingLlm {
       field("sinks", sinks);
       field("pin_prompt", pin_prompt);
     }
+    std::string problem() const {
+      constexpr std::size_t most = std::size_t{1} << 40;
+      return sinks <= most ? "" : "sinks = " + std::to_string(sinks) + " exceeds 2^40";
+    }
   } options;
 
   bool pin_prompt() const { return options.pin_prompt; }
