@@ -67,8 +67,6 @@ struct Layered {
   EvidenceKind evidence() const { return EvidenceKind::largest_token_mass; }
   int query_window() const { return 4; }
   PageSummary page_summary() const { return PageSummary::min_max; }
-  std::size_t slack_tokens() const { return 8; }
-  std::size_t period() const { return 8; }
   bool pin_prompt() const { return true; }
   struct LayerState {
     int steps = 0;
@@ -76,7 +74,6 @@ struct Layered {
   void observe(const HeadView<Layered>&, const Evidence&) const {}
   void on_step_end(const LayerView<Layered>& layer) const { ++layer.layer_state().steps; }
   PageIndex victim(const LayerView<Layered>& layer) const { return *layer.head(0).evictable_pages().begin(); }
-  void trim(HeadView<Layered>, PageList&) const {}
 };
 
 template <class Policy>
