@@ -494,4 +494,53 @@ TEST(Composition, OfPartsThatNeedDifferentSummariesIsRefused) {
 }
 
 }  // namespace
+
+// --- found by review ---
+
+struct PromptCounter {
+  static constexpr std::string_view name = "prompt_counter";
+  static constexpr kvsparse::EvidenceKind evidence = kvsparse::EvidenceKind::page_mass;
+  struct HeadState {
+    kvsparse::PagesUsed prompt_queries;  // used: of the prompt; judged: all
+  };
+  void observe(kvsparse::HeadView<PromptCounter> head, const kvsparse::Evidence& step) const {
+    head.head_state().prompt_queries.used += step.is_prompt() ? 1U : 0U;
+    ++head.head_state().prompt_queries.judged;
+  }
+  kvsparse::PagesUsed pages_used(kvsparse::HeadView<PromptCounter> head) const {
+    return head.head_state().prompt_queries;
+  }
+};
+
+TEST(PolicyContract, APromptQueryAfterEndPromptIsStillOfThePrompt) {
+  kvsparse::PagedKvCache<PromptCounter> cache({.head_dim = 1, .page_size = 4, .max_tokens = 8});
+  const std::vector<float> row(1, 1.0F);
+  std::vector<float> out(1);
+  ASSERT_TRUE(cache.append_prompt(std::span<const float>(row), std::span<const float>(row)).ok());
+  cache.end_prompt();
+  ASSERT_TRUE(kvsparse::attend(cache, std::span<const float>(row), std::span<float>(out)).ok());
+  EXPECT_EQ(cache.stats().used_page_share, 1.0) << "one query, of the prompt";
+  ASSERT_TRUE(cache.append(std::span<const float>(row), std::span<const float>(row)).ok());
+  ASSERT_TRUE(kvsparse::attend(cache, std::span<const float>(row), std::span<float>(out)).ok());
+  EXPECT_EQ(cache.stats().used_page_share, 0.5) << "the second is a decode step";
+}
+
+struct TrimEverything {
+  static constexpr std::string_view name = "trim_everything";
+  kvsparse::PageIndex victim(kvsparse::HeadView<TrimEverything>) const { return {}; }
+  void trim(kvsparse::HeadView<TrimEverything> head, kvsparse::PageList& pages) const {
+    for (const kvsparse::PageIndex page : head.pages()) pages.add(page);
+  }
+};
+
+TEST(PolicyContract, AFullNewestPageOutlivesTheTrimAtPromptEnd) {
+  kvsparse::PagedKvCache<TrimEverything> cache({.head_dim = 1, .page_size = 4, .budget_tokens = 16});
+  const std::vector<float> rows(8, 1.0F);
+  ASSERT_TRUE(cache.append_prompt(std::span<const float>(rows), std::span<const float>(rows)).ok());
+  cache.end_prompt();
+  const std::vector<kvsparse::Position> resident = cache.resident_positions(0);
+  ASSERT_EQ(resident.size(), 4U);
+  EXPECT_EQ(resident.front(), kvsparse::Position{4});
+}
+
 }  // namespace kvsparse_test
