@@ -7,24 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '\n== %s\n' "$*"; }
 die() { printf 'run.sh: %s\n' "$*" >&2; exit 1; }
 
-# Installs what is missing when this user may, else says how.
-need_packages() {
-  local missing=() package
-  for package in "$@"; do
-    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || missing+=("$package")
-  done
-  [ ${#missing[@]} -eq 0 ] && return
-  local as_root=()
-  if [ "$(id -u)" -ne 0 ]; then
-    if ! sudo -n true 2>/dev/null; then
-      die "packages are missing; install them with:  sudo apt-get install ${missing[*]}"
-    fi
-    as_root=(sudo -n)
-  fi
-  echo "installing: ${missing[*]}"
-  "${as_root[@]}" apt-get update -qq || echo "the package lists could not be refreshed; going on with the old ones"
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-}
+. examples/common/debian_packages.sh
 
 say "Checking what the build needs"
 command -v dpkg-query >/dev/null || die "this script knows Debian and Ubuntu only; elsewhere, build the target 'decode' with CMake"

@@ -21,26 +21,7 @@ esac
 packages=(build-essential g++ clang cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
   libcli11-dev python3 python3-numpy)
 
-# Installs what is missing when this user may, else says how.
-install_packages() {
-  command -v dpkg-query >/dev/null ||
-    die "this script knows Debian and Ubuntu only; elsewhere install what these packages hold: ${packages[*]}"
-  local missing=() package
-  for package in "${packages[@]}"; do
-    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || missing+=("$package")
-  done
-  [ ${#missing[@]} -eq 0 ] && return
-  local as_root=()
-  if [ "$(id -u)" -ne 0 ]; then
-    if ! sudo -n true 2>/dev/null; then
-      die "packages are missing; install them with:  sudo apt-get install ${missing[*]}"
-    fi
-    as_root=(sudo -n)
-  fi
-  echo "installing: ${missing[*]}"
-  "${as_root[@]}" apt-get update -qq || echo "the package lists could not be refreshed; going on with the old ones"
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
-}
+. examples/common/debian_packages.sh
 
 passed=()
 launcher=()
@@ -68,7 +49,9 @@ check() {
   passed+=("$name: $(grep 'tests passed' "$summary") ($((SECONDS - started)) s with the build)")
 }
 
-install_packages
+command -v dpkg-query >/dev/null ||
+  die "this script knows Debian and Ubuntu only; elsewhere install what these packages hold: ${packages[*]}"
+need_packages "${packages[@]}"
 python=/usr/bin/python3  # the one that has Debian's numpy
 [ -x "$python" ] || python=python3
 tests_only=(-DKVSPARSE_BUILD_BENCH=OFF -DKVSPARSE_BUILD_EXAMPLES=OFF -DKVSPARSE_SOURCE_TESTS=OFF)
