@@ -87,6 +87,7 @@ class Model(torch.nn.Module):
     """A Llama-architecture decoder; parameters bear the names of Hugging Face's checkpoints."""
 
     hidden, layers, query_heads, kv_heads, head_dim, intermediate, epsilon = 128, 2, 4, 2, 32, 256, 1e-5
+    query_block = 192
 
     def __init__(self, vocabulary, recipe):
         super().__init__()
@@ -106,14 +107,14 @@ class Model(torch.nn.Module):
         self.tensors = torch.nn.ParameterDict(
             {name.replace(".", "/"): torch.nn.Parameter(self.initial(name, shape)) for name, shape in shapes.items()})
         with torch.no_grad():
-            self.start_offset_heads()
+            self.start_heads()
 
     def initial(self, name, shape):
         if len(shape) == 1:
             return torch.ones(shape)
         scale = shape[1] ** -0.5
         if "o_proj" in name or "down_proj" in name:
-            scale *= (2 * self.layers) ** -0.5
+            scale *= 0.5 * (2 * self.layers) ** -0.5
         return torch.randn(shape) * scale
 
     def __getitem__(self, name):
@@ -122,17 +123,22 @@ class Model(torch.nn.Module):
     def frequencies(self):
         return self.rope_theta ** (-torch.arange(self.head_dim // 2, dtype=torch.float64) * 2 / self.head_dim)
 
-    def start_offset_heads(self, strength=5.0, fast_pairs=4):
-        """Three heads of layer 0 begin as soft "attend 1, 2, 3 tokens back" heads; without them the read of a
-        definition did not form in thousands of steps. All embeddings share a mean direction, which those heads' keys
-        and queries see: the key is the same everywhere, the query the same turned back by the offset, so that after
-        RoPE their product is largest at that distance. Initialisation only: training is free to undo it."""
+    def start_heads(self, sharpness=5.0, fast_pairs=4, match=1.5, first_slow_pair=8):
+        """Some heads begin near what the task needs; with an ordinary start the read of a definition did not form in
+        thousands of steps. Initialisation only: training is free to undo all of it.
+
+        Three heads of layer 0 begin as soft "attend 1, 2, 3 tokens back" heads. All embeddings share a mean direction,
+        which those heads' keys and queries see: the key is the same everywhere, the query the same turned back by the
+        offset, so that after RoPE their product is largest at that distance. Two heads of layer 1 begin as soft "find
+        the token whose predecessor is the one 1, or 2, tokens before me" heads: their keys read what the first offset
+        head wrote, their queries what the first and the second wrote, in the RoPE pairs that hardly turn."""
         half = self.head_dim // 2
         mean = torch.randn(self.hidden)
         mean /= mean.norm()
         self["model.embed_tokens.weight"].add_(mean)
-        gain = strength / (0.5 * self.hidden) ** 0.5  # a normalised embedding has about this much along the mean
-        key, query = self["model.layers.0.self_attn.k_proj.weight"], self["model.layers.0.self_attn.q_proj.weight"]
+        gain = sharpness / (0.5 * self.hidden) ** 0.5  # a normalised embedding has about this much along the mean
+        first, second = "model.layers.0.self_attn.", "model.layers.1.self_attn."
+        key, query = self[first + "k_proj.weight"], self[first + "q_proj.weight"]
         for head in range(self.kv_heads):
             for pair in range(fast_pairs):
                 key[head * self.head_dim + pair] = gain * mean
@@ -141,6 +147,16 @@ class Model(torch.nn.Module):
             for pair, frequency in enumerate(self.frequencies()[:fast_pairs].tolist()):
                 query[head * self.head_dim + pair] = gain * math.cos(frequency * offset) * mean
                 query[head * self.head_dim + pair + half] = -gain * math.sin(frequency * offset) * mean
+
+        value, output = self[first + "v_proj.weight"], self[first + "o_proj.weight"]
+        value[: self.head_dim] -= (value[: self.head_dim] @ mean)[:, None] * mean  # what tokens share tells none apart
+        slow = [pair + part for part in (0, half) for pair in range(first_slow_pair, half)]
+        for coordinate, row in enumerate(slow):
+            one_back = match * F.normalize(output[:, coordinate], dim=0)
+            two_back = match * F.normalize(output[:, self.head_dim + coordinate], dim=0)
+            self[second + "k_proj.weight"][row] = one_back
+            self[second + "q_proj.weight"][row] = one_back
+            self[second + "q_proj.weight"][self.head_dim + row] = two_back
 
     def norm(self, x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon) * self[name]
@@ -168,18 +184,26 @@ class Model(torch.nn.Module):
             q = self.rotate(self.heads(normed, name + "self_attn.q_proj.weight", self.query_heads), cosine, sine)
             k = self.rotate(self.heads(normed, name + "self_attn.k_proj.weight", self.kv_heads), cosine, sine)
             v = self.heads(normed, name + "self_attn.v_proj.weight", self.kv_heads)
-            mask = future if hidden_pairs is None else future.masked_fill(hidden_pairs[layer][:, None], -math.inf)
-            weights = torch.add(mask, (q * self.head_dim ** -0.5) @ k.repeat_interleave(group, 1).transpose(-1, -2)
-                                ).softmax(-1)
-            if watched_pairs is not None:
-                watched = watched + (weights * watched_pairs[:, None]).sum(-1).mean() / self.layers
-            mixed = (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).flatten(-2)
+            q = q * self.head_dim ** -0.5
+            k, v = k.repeat_interleave(group, 1).transpose(-1, -2), v.repeat_interleave(group, 1)
+            mixed = []
+            for begin in range(0, length, self.query_block):  # a block of queries needs no keys beyond it
+                end = min(begin + self.query_block, length)
+                mask = future[begin:end, :end]
+                if hidden_pairs is not None:
+                    mask = mask.masked_fill(hidden_pairs[layer][:, None, begin:end, :end], -math.inf)
+                weights = torch.add(mask, q[:, :, begin:end] @ k[..., :end]).softmax(-1)
+                if watched_pairs is not None:
+                    watched = watched + (weights * watched_pairs[:, None, begin:end, :end]).sum()
+                mixed.append(weights @ v[:, :, :end])
+            mixed = torch.cat(mixed, 2).transpose(1, 2).flatten(-2)
             x = x + F.linear(mixed, self[name + "self_attn.o_proj.weight"])
             normed = self.norm(x, name + "post_attention_layernorm.weight")
             gate = F.silu(F.linear(normed, self[name + "mlp.gate_proj.weight"]))
             x = x + F.linear(gate * F.linear(normed, self[name + "mlp.up_proj.weight"]),
                              self[name + "mlp.down_proj.weight"])
-        return F.linear(self.norm(x, "model.norm.weight"), self["model.embed_tokens.weight"]), watched
+        logits = F.linear(self.norm(x, "model.norm.weight"), self["model.embed_tokens.weight"])
+        return logits, watched / (self.layers * self.query_heads * tokens.numel())
 
     def save(self, directory, tokenizer):
         directory.mkdir(parents=True, exist_ok=True)
