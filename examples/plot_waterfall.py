@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 LINE_TOKENS = 12
+DTYPES = {"U8": np.uint8, "F32": np.dtype("<f4")}
 FUTURE, EVICTED, SKIPPED, READ, PROMPT_SKIPPED, PROMPT_READ = range(6)
 RED = "#d0021b"
 COLOURS = ["#ffffff", "#e4e4e4", "#a9cbe8", "#2f6fb0", "#f6d3a3", "#e08a1e"]
@@ -34,7 +35,7 @@ def read_safetensors(path):
     arrays = {}
     for name, entry in header.items():
         begin, end = (8 + length + at for at in entry["data_offsets"])
-        arrays[name] = np.frombuffer(raw[begin:end], np.uint8).reshape(entry["shape"])
+        arrays[name] = np.frombuffer(raw[begin:end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays, metadata
 
 
@@ -113,6 +114,31 @@ def draw_legend(axes, with_needed):
     axes.legend(handles=handles, loc="center left", fontsize=10.5, frameon=False, labelspacing=0.75, borderaxespad=0)
 
 
+def draw(directory, comparison, layer, head, problem, columns=4):
+    """One panel per policy, the legend last. `comparison` is what `directory`/comparison.json holds, or a part of it."""
+    needed = needed_tokens(problem) if problem else None
+    results = comparison["policies"]
+    rows = -(-(len(results) + 1) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 5.0 * rows), squeeze=False)
+    panels = list(grid.flat)
+    for axes, result in zip(panels, results):
+        arrays, metadata = read_safetensors(directory / "resident" / result["policy"] / f"layer_{layer}.safetensors")
+        kinds = cells(arrays, head, int(metadata["prompt_tokens"]))
+        draw_panel(axes, result, kinds, needed, problem)
+    for axes in panels[len(results) :]:
+        axes.axis("off")
+    draw_legend(panels[len(results)], needed is not None)
+    for row in grid:
+        row[0].set_ylabel("decode step (time runs down)", fontsize=10)
+    for axes in panels[: len(results)]:
+        axes.set_xlabel("position of the token in the sequence", fontsize=9)
+    figure.suptitle(f"What each policy keeps: layer {layer}, kv head {head}, budget "
+                    f"{comparison['budget']} tokens, pages of {comparison['page_size']}",
+                    fontsize=15, fontweight="bold", x=0.012, ha="left", y=0.992)
+    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=2.0, w_pad=1.5)
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=pathlib.Path)
@@ -123,32 +149,11 @@ def main():
 
     comparison = json.loads((options.output / "comparison.json").read_text())
     problem = json.loads(options.problems.read_text().splitlines()[0]) if options.problems else None
-    needed = needed_tokens(problem) if problem else None
-    results = comparison["policies"]
-    columns = 4
-    rows = -(-(len(results) + 1) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 5.0 * rows), squeeze=False)
-    panels = list(grid.flat)
-    for axes, result in zip(panels, results):
-        directory = options.output / "resident" / result["policy"]
-        arrays, metadata = read_safetensors(directory / f"layer_{options.layer}.safetensors")
-        kinds = cells(arrays, options.head, int(metadata["prompt_tokens"]))
-        draw_panel(axes, result, kinds, needed, problem)
-    for axes in panels[len(results) :]:
-        axes.axis("off")
-    draw_legend(panels[len(results)], needed is not None)
-    for row in grid:
-        row[0].set_ylabel("decode step (time runs down)", fontsize=10)
-    for axes in panels[: len(results)]:
-        axes.set_xlabel("position of the token in the sequence", fontsize=9)
-    figure.suptitle(f"What each policy keeps: layer {options.layer}, kv head {options.head}, budget "
-                    f"{comparison['budget']} tokens, pages of {comparison['page_size']}",
-                    fontsize=15, fontweight="bold", x=0.012, ha="left", y=0.992)
-    figure.tight_layout(rect=(0, 0, 1, 0.985), h_pad=2.0, w_pad=1.5)
+    figure = draw(options.output, comparison, options.layer, options.head, problem)
     picture = options.output / "waterfall.png"
     figure.savefig(picture, dpi=110)
     print("\nThe picture shows, for each policy, which tokens one kv head held at each step.", end=" ")
-    if needed is not None:
+    if problem is not None:
         print("A black dot is a token\nthat the solution has to look up at that step and that was read, "
               "a red cross one that was not.", end="")
     print(f"\n{picture.resolve()}")

@@ -61,7 +61,7 @@ class Recipe:
 RECIPES = {
     "main": Recipe("plain", (
         Stage("A", "plain next-token loss",
-              (Phase(400, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(500, 16, (16, 32, 48), 0.95)),
+              (Phase(800, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(500, 16, (16, 32, 48), 0.95)),
               2e-3, 50, writes="plain"),
         Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
               (Phase(100, 24, (16, 24), 0.9), Phase(300, 16, (24, 32, 48), 0.95)), 1.5e-3, 30, eviction=0.8),
@@ -73,7 +73,7 @@ RECIPES = {
               parking_penalty=1.0, writes="varied"),), starts_from="main"),
     "long": Recipe("long", (
         Stage("A", "plain next-token loss",
-              (Phase(400, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(300, 16, (16, 32, 48), 0.9)),
+              (Phase(800, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(300, 16, (16, 32, 48), 0.9)),
               2e-3, 50),
         Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
               (Phase(200, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
@@ -496,8 +496,9 @@ def train(options, names, seed):
 
 def return_no_memory():
     """Starts this program again with an allocator that keeps freed memory: every step's large temporaries would go
-    back to the kernel and be zeroed anew, which takes longer than the arithmetic."""
-    settings = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    back to the kernel and be zeroed anew, which takes longer than the arithmetic. OpenBLAS has threads of its own."""
+    settings = {"OPENBLAS_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+                "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
                 "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 28)}
     if not settings.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
