@@ -7,22 +7,19 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <deque>
-#include <exception>
 #include <iostream>
 #include <map>
-#include <new>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../examples/common/interrupt.hpp"
-#include "../examples/common/output_file.hpp"
-#include "../examples/common/progress.hpp"
-#include "../examples/common/trace.hpp"
+#include "common/interrupt.hpp"
+#include "common/output_file.hpp"
+#include "common/program.hpp"
+#include "common/progress.hpp"
+#include "common/trace.hpp"
 #include "replay/dense_reference.hpp"
 #include "replay/dump.hpp"
 #include "replay/options.hpp"
@@ -33,16 +30,8 @@ namespace {
 
 using namespace kvsparse_tools;
 
-constexpr int usage_exit_code = 2;
-
-/// Prints one line, whatever the sentence holds.
-int complain(std::string sentence, int exit_code) {
-  while (!sentence.empty() && sentence.back() == '\n') sentence.pop_back();
-  for (char& c : sentence) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
-  }
-  std::fprintf(stderr, "replay: %s\n", sentence.c_str());
-  return exit_code;
+int complain(const std::string& sentence, int exit_code) {
+  return kvsparse_tools::complain("replay", sentence, exit_code);
 }
 
 /// The layer that a trace of examples/decode comes from, else 0: Random draws other numbers in each layer, and should
@@ -188,18 +177,9 @@ int main(int argc, char** argv) {
   CLI::App app(
       "Replays a trace of one attention layer through sparse KV caches: what each policy keeps, reads and loses.",
       "replay");
-  try {
+  return run_program(app, "not enough memory for this trace, its policies and budgets", [&] {
     const ReplayOptions options = parse_replay_options(app, argc, argv);
     catch_interrupts();
     return Replay(options).run() ? 0 : interrupted_exit_code;
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help
-    return complain(std::string(error.what()) + " (replay --help lists the options)", usage_exit_code);
-  } catch (const std::bad_alloc&) {
-    return complain("not enough memory for this trace, its policies and budgets", usage_exit_code);
-  } catch (const std::length_error&) {
-    return complain("not enough memory for this trace, its policies and budgets", usage_exit_code);
-  } catch (const std::exception& error) {
-    return complain(error.what(), usage_exit_code);
-  }
+  });
 }

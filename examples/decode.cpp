@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decodes a prompt greedily with a real model whose layers keep their keys and values in sparse caches.
-#include <cstdio>
-#include <exception>
 #include <iostream>
 #include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "common/interrupt.hpp"
 #include "common/output_file.hpp"
+#include "common/program.hpp"
 #include "common/progress.hpp"
 #include "decode_options.hpp"
 #include "decode_report.hpp"
@@ -23,11 +21,8 @@ namespace {
 
 using namespace kvsparse_tools;
 
-constexpr int usage_exit_code = 2;
-
 int complain(const std::string& sentence, int exit_code) {
-  std::fprintf(stderr, "decode: %s\n", sentence.c_str());
-  return exit_code;
+  return kvsparse_tools::complain("decode", sentence, exit_code);
 }
 
 /// Needed for a prompt of words; for a prompt of ids it only makes the output readable.
@@ -151,14 +146,6 @@ int run(const DecodeOptions& options) {
 int main(int argc, char** argv) {
   CLI::App app("Decodes a prompt greedily, every layer's keys and values in one sparse cache, and says what it cost.",
                "decode");
-  try {
-    return run(parse_decode_options(app, argc, argv));
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help
-    return complain(std::string(error.what()) + " (decode --help lists the options)", usage_exit_code);
-  } catch (const std::bad_alloc&) {
-    return complain("not enough memory for this model, --max-new and policy", 1);
-  } catch (const std::exception& error) {
-    return complain(error.what(), usage_exit_code);
-  }
+  return run_program(app, "not enough memory for this model, --max-new and policy",
+                     [&] { return run(parse_decode_options(app, argc, argv)); });
 }

@@ -1,91 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory is allocated at construction, as much as bytes_required said, and never again. This executable replaces the
-// global operator new, hence it stands alone.
+// Memory is allocated at construction, as much as bytes_required said, and never again.
 #include <gtest/gtest.h>
 
 #include <cstddef>
-#include <cstdlib>
-#include <new>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "../examples/common/allocation_counter.hpp"
 #include "kvsparse/cache/any_cache.hpp"
 #include "support/random_trace.hpp"
-
-namespace {
-
-std::size_t allocations = 0;
-std::size_t deallocations = 0;
-std::size_t live_bytes = 0;
-
-// The size stands before the block, so that a delete without size can subtract it.
-void* counted_new(std::size_t size, std::size_t alignment) {
-  const std::size_t header = alignment < 2 * sizeof(std::size_t) ? 2 * sizeof(std::size_t) : alignment;
-  const std::size_t total = (header + size + alignment - 1) / alignment * alignment;
-  void* block = alignment <= alignof(std::max_align_t) ? std::malloc(total) : std::aligned_alloc(alignment, total);
-  if (block == nullptr) throw std::bad_alloc();
-  ++allocations;
-  live_bytes += size;
-  char* data = static_cast<char*>(block) + header;
-  reinterpret_cast<std::size_t*>(data)[-1] = size;
-  reinterpret_cast<std::size_t*>(data)[-2] = header;
-  return data;
-}
-
-void counted_delete(void* data) {
-  if (data == nullptr) return;
-  ++deallocations;
-  live_bytes -= static_cast<std::size_t*>(data)[-1];
-  std::free(static_cast<char*>(data) - static_cast<std::size_t*>(data)[-2]);
-}
-
-void* quiet_new(std::size_t size, std::size_t alignment) noexcept {
-  try {
-    return counted_new(size, alignment);
-  } catch (...) {
-    return nullptr;
-  }
-}
-
-constexpr std::size_t usual = alignof(std::max_align_t);
-
-}  // namespace
-
-void* operator new(std::size_t size) { return counted_new(size, usual); }
-void* operator new[](std::size_t size) { return counted_new(size, usual); }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return quiet_new(size, usual); }
-void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return quiet_new(size, usual); }
-void* operator new(std::size_t size, std::align_val_t a) { return counted_new(size, static_cast<std::size_t>(a)); }
-void* operator new[](std::size_t size, std::align_val_t a) { return counted_new(size, static_cast<std::size_t>(a)); }
-void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
-  return quiet_new(size, static_cast<std::size_t>(a));
-}
-void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
-  return quiet_new(size, static_cast<std::size_t>(a));
-}
-void operator delete(void* data) noexcept { counted_delete(data); }
-void operator delete[](void* data) noexcept { counted_delete(data); }
-void operator delete(void* data, std::size_t) noexcept { counted_delete(data); }
-void operator delete[](void* data, std::size_t) noexcept { counted_delete(data); }
-void operator delete(void* data, const std::nothrow_t&) noexcept { counted_delete(data); }
-void operator delete[](void* data, const std::nothrow_t&) noexcept { counted_delete(data); }
-void operator delete(void* data, std::align_val_t) noexcept { counted_delete(data); }
-void operator delete[](void* data, std::align_val_t) noexcept { counted_delete(data); }
-void operator delete(void* data, std::size_t, std::align_val_t) noexcept { counted_delete(data); }
-void operator delete[](void* data, std::size_t, std::align_val_t) noexcept { counted_delete(data); }
-void operator delete(void* data, std::align_val_t, const std::nothrow_t&) noexcept { counted_delete(data); }
-void operator delete[](void* data, std::align_val_t, const std::nothrow_t&) noexcept { counted_delete(data); }
 
 namespace kvsparse_test {
 namespace {
 
 using namespace kvsparse;
 
+std::size_t live_bytes() { return kvsparse_tools::allocations_of_this_thread().live_bytes; }
+
 struct Counters {
-  std::size_t allocated = allocations;
-  std::size_t freed = deallocations;
+  std::size_t allocated = kvsparse_tools::allocations_of_this_thread().allocations;
+  std::size_t freed = kvsparse_tools::allocations_of_this_thread().deallocations;
   friend bool operator==(const Counters&, const Counters&) = default;
 };
 
@@ -179,12 +115,12 @@ TEST(Allocations, ThereAreNoneInADecodeStepOfAnyPolicyInAnyStorageType) {
 template <class Policy, class Scalar>
 void expect_the_bytes_that_were_announced(const CacheConfig& config, const Policy& policy) {
   const std::size_t announced = PagedKvCache<Policy, Scalar>::bytes_required(config, policy);
-  const std::size_t before = live_bytes;
+  const std::size_t before = live_bytes();
   {
     const PagedKvCache<Policy, Scalar> cache(config, policy);
-    EXPECT_EQ(live_bytes - before, announced) << "page size " << config.page_size << ", head_dim " << config.head_dim;
+    EXPECT_EQ(live_bytes() - before, announced) << "page size " << config.page_size << ", head_dim " << config.head_dim;
   }
-  EXPECT_EQ(live_bytes, before) << "not everything was given back";
+  EXPECT_EQ(live_bytes(), before) << "not everything was given back";
 }
 
 TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
@@ -239,23 +175,31 @@ TEST(Allocations, APolicyThatAsksForEverythingGetsItAtConstruction) {
   }
 }
 
+TEST(Allocations, AnAnyCacheTellsWhatItTook) {
+  for (const std::size_t page_size : {1U, 16U}) {
+    const std::size_t before = live_bytes();
+    const AnyCache cache = AnyCache::of<Everything, float>(ScalarType::f32, config_of(page_size, 3));
+    EXPECT_EQ(live_bytes() - before, cache.bytes_allocated() + cache.object_bytes());
+  }
+}
+
 TEST(Allocations, ACopyCostsWhatTheOriginalCost) {
   using Cache = PagedKvCache<Compose<Raas, Quest>, Half>;
   const CacheConfig config = config_of(7, 3);
   const Cache cache(config);
-  const std::size_t before = live_bytes;
+  const std::size_t before = live_bytes();
   const Cache copy(cache);
-  EXPECT_EQ(live_bytes - before, Cache::bytes_required(config));
+  EXPECT_EQ(live_bytes() - before, Cache::bytes_required(config));
 }
 
 TEST(Allocations, ARefusedConfigurationLeavesNothingBehind) {
   using Cache = PagedKvCache<Raas>;
   CacheConfig config = config_of(7, 3);
   config.budget_tokens = 1;
-  const std::size_t before = live_bytes;
+  const std::size_t before = live_bytes();
   EXPECT_THROW(const Cache cache(config), ConfigError);
   EXPECT_THROW(static_cast<void>(Cache::bytes_required(config)), ConfigError);
-  EXPECT_EQ(live_bytes, before);
+  EXPECT_EQ(live_bytes(), before);
 }
 
 }  // namespace

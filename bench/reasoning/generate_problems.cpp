@@ -8,7 +8,7 @@
 #include <sstream>
 #include <string>
 
-#include "../../examples/common/output_file.hpp"
+#include "common/output_file.hpp"
 #include "lemma_chain.hpp"
 
 namespace {

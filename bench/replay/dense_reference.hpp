@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "../../examples/common/trace.hpp"
+#include "common/trace.hpp"
 
 namespace kvsparse_tools {
 

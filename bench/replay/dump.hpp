@@ -15,10 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "../../examples/common/policy_settings.hpp"
-#include "../../examples/common/safetensors.hpp"
-#include "../../examples/common/text_table.hpp"
-#include "../../examples/common/trace.hpp"
+#include "common/policy_settings.hpp"
+#include "common/safetensors.hpp"
+#include "common/text_table.hpp"
+#include "common/trace.hpp"
 
 namespace kvsparse_tools {
 

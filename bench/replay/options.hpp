@@ -4,21 +4,14 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <cstddef>
-#include <cstdint>
-#include <filesystem>
-#include <iterator>
 #include <kvsparse/cache/any_cache.hpp>
 #include <string>
-#include <string_view>
-#include <system_error>
-#include <utility>
 #include <vector>
 
-#include "../../examples/common/file_error.hpp"
-#include "../../examples/common/output_file.hpp"
-#include "../../examples/common/policy_settings.hpp"
+#include "common/file_error.hpp"
+#include "common/option_lists.hpp"
+#include "common/policy_settings.hpp"
 
 namespace kvsparse_tools {
 
@@ -38,42 +31,6 @@ struct ReplayOptions {
 
 namespace detail {
 
-/// Like split_at_commas of examples/decode, but keeps empty parts, because "a,,b" is a slip of the pen.
-inline std::vector<std::string> list_of(std::string_view text) {
-  std::vector<std::string> parts;
-  for (std::size_t begin = 0; begin <= text.size();) {
-    const std::size_t end = std::min(text.find(',', begin), text.size());
-    std::string_view part = text.substr(begin, end - begin);
-    part.remove_prefix(std::min(part.find_first_not_of(" \t\n"), part.size()));
-    part = part.substr(0, part.find_last_not_of(" \t\n") + 1);
-    parts.emplace_back(part);
-    begin = end + 1;
-  }
-  return parts;
-}
-
-inline std::size_t parse_count(const std::string& option, const std::string& text, std::size_t least,
-                               std::size_t largest) {
-  std::size_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || end != text.data() + text.size() || value < least || value > largest) {
-    throw UsageError(option + " got " + in_quotes(text) + ", a whole number from " + std::to_string(least) + " to " +
-                     std::to_string(largest) + " was expected");
-  }
-  return value;
-}
-
-template <class Value>
-void refuse_repeats(const std::string& option, const std::vector<Value>& values,
-                    const std::vector<std::string>& texts) {
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (std::find(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(i), values[i]) !=
-        values.begin() + static_cast<std::ptrdiff_t>(i)) {
-      throw UsageError(option + " lists " + in_quotes(texts[i]) + " twice");
-    }
-  }
-}
-
 inline std::vector<std::string> parse_policies(const std::string& text) {
   std::vector<std::string> policies = list_of(text);
   for (const std::string& policy : policies) {
@@ -88,40 +45,6 @@ inline std::vector<std::string> parse_policies(const std::string& text) {
   }
   refuse_repeats("--policy", policies, policies);
   return policies;
-}
-
-inline std::vector<std::size_t> parse_budgets(const std::string& text) {
-  constexpr std::size_t largest = std::size_t{1} << 40;  // the library's own limit of a size
-  const std::vector<std::string> texts = list_of(text);
-  std::vector<std::size_t> budgets;
-  for (const std::string& part : texts) budgets.push_back(parse_count("--budget", part, 1, largest));
-  refuse_repeats("--budget", budgets, texts);
-  return budgets;
-}
-
-inline bool same_file(const std::filesystem::path& a, const std::filesystem::path& b) {
-  std::error_code error;
-  if (std::filesystem::equivalent(a, b, error)) return true;
-  const auto place = [&](const std::filesystem::path& file) {  // of a file that need not exist yet
-    return std::filesystem::weakly_canonical(std::filesystem::absolute(file, error), error);
-  };
-  return place(a) == place(b);
-}
-
-/// No output may overwrite the trace or another output.
-inline void refuse_shared_files(const ReplayOptions& options) {
-  const std::pair<const char*, const std::string*> files[] = {{"--trace", &options.trace_file},
-                                                              {"--dump", &options.dump_file},
-                                                              {"--json", &options.json_file},
-                                                              {"--csv", &options.csv_file}};
-  for (const auto& [option, file] : files) {
-    for (const auto& [other_option, other] : files) {
-      if (&other_option >= &option || file->empty() || other->empty() || is_stream(*file)) continue;
-      if (same_file(*file, *other)) {
-        throw UsageError(std::string(other_option) + " and " + option + " name the same file " + in_quotes(*file));
-      }
-    }
-  }
 }
 
 }  // namespace detail
@@ -161,18 +84,17 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
   app.parse(argc, argv);
 
   options.policies = detail::parse_policies(policies);
-  options.budgets = detail::parse_budgets(budgets);
-  options.page_size = detail::parse_count("--page-size", page_size, 1, 256);
-  const auto known = std::find(std::begin(kvsparse::scalar_type_names), std::end(kvsparse::scalar_type_names), dtype);
-  if (known == std::end(kvsparse::scalar_type_names)) {
-    throw UsageError("--dtype got " + in_quotes(dtype) + ", f32, f16 or bf16 was expected");
-  }
-  options.dtype = kvsparse::scalar_type(dtype);
+  options.budgets = parse_budgets(budgets);
+  options.page_size = parse_count("--page-size", page_size, 1, 256);
+  options.dtype = parse_dtype(dtype);
   options.settings = settings_per_policy(options.policies, options.setting_texts);
   if (!options.dump_file.empty() && (options.policies.size() > 1 || options.budgets.size() > 1)) {
     throw UsageError("--dump takes one policy and one budget, not lists of them");
   }
-  detail::refuse_shared_files(options);
+  refuse_shared_files({{"--trace", options.trace_file},
+                       {"--dump", options.dump_file},
+                       {"--json", options.json_file},
+                       {"--csv", options.csv_file}});
   return options;
 }
 

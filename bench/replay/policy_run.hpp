@@ -13,8 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "../../examples/common/trace.hpp"
+#include "common/trace.hpp"
 #include "dense_reference.hpp"
+#include "engine/named_cache.hpp"
 #include "options.hpp"
 
 namespace kvsparse_tools {
@@ -102,7 +103,7 @@ class PolicyRun {
     const std::string who = name + " at budget " + std::to_string(budget) + ": ";
     try {
       const kvsparse::CacheConfig config = config_of(options, policy, budget, trace, layer);
-      kvsparse::AnyCache cache(name, options.dtype, config, options.settings[policy].options);
+      kvsparse::AnyCache cache = named_cache(name, options.dtype, config, options.settings[policy].options);
       if (trace.prompt_tokens > 0 && kvsparse::policy_facts(name).evicts) rehearse_prompt(cache, trace, who);
       return cache;
     } catch (const kvsparse::ConfigError& error) {

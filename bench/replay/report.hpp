@@ -13,7 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "../../examples/common/text_table.hpp"
+#include "common/csv.hpp"
+#include "common/text_table.hpp"
 #include "options.hpp"
 #include "policy_run.hpp"
 
@@ -56,20 +57,8 @@ class ReplayReport {
 
   /// A header line, then one line per result. An unknown value is an empty cell.
   std::string csv() const {
-    std::string text;
-    const auto add_line = [&](const auto& cell_of, const Json& columns) {
-      bool first = true;
-      for (const auto& [name, value] : columns.items()) {
-        if (!first) text += ',';
-        text += cell_of(name, value);
-        first = false;
-      }
-      text += '\n';
-    };
-    add_line([](const std::string& name, const Json&) { return name; }, fields({}));
-    for (const ReplayResult& result : results_) {
-      add_line([](const std::string&, const Json& value) { return csv_cell(value); }, fields(result));
-    }
+    std::string text = csv_header(fields({}));
+    for (const ReplayResult& result : results_) text += csv_line(fields(result));
     return text;
   }
 
@@ -108,11 +97,6 @@ class ReplayReport {
     json["used_page_share"] = number(result.cache.used_page_share);
     json["mean_step_us"] = number(result.metrics.mean_step_us);
     return json;
-  }
-
-  static std::string csv_cell(const Json& value) {
-    if (value.is_null()) return "";
-    return value.is_string() ? value.get<std::string>() : value.dump();  // no policy's name holds a comma or a quote
   }
 
   /// Three significant digits.

@@ -16,6 +16,7 @@
 
 #include "../common/policy_settings.hpp"
 #include "model.hpp"
+#include "named_cache.hpp"
 #include "tokenizer.hpp"
 
 namespace kvsparse_tools {
@@ -51,10 +52,17 @@ struct CacheTotals {
   std::uint64_t evicted_tokens = 0;       // all layers and heads together
 };
 
+/// A cache refused a token or a query, e.g. a prompt too long to pin. what() names the policy.
+class CacheRefusal : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 class Decoder {
  public:
   /// `model` must outlive the decoder. Throws kvsparse::ConfigError when the cache cannot be built.
-  Decoder(const Model& model, const CacheChoice& choice, std::size_t max_tokens)
+  Decoder(const Model& model, const CacheChoice& choice, std::size_t max_tokens,
+          const CacheFactory& make_cache = named_cache)
       : model_(model),
         query_(width(model.config().query_heads)),
         key_(width(model.config().kv_heads)),
@@ -82,9 +90,9 @@ class Decoder {
     for (std::size_t layer = 0; layer < config.layers; ++layer) {
       cache.layer = layer;
       if (layer < choice.dense_layers) {
-        caches_.emplace_back("dense", choice.dtype, cache);
+        caches_.push_back(make_cache("dense", choice.dtype, cache, {}));
       } else {
-        caches_.emplace_back(choice.policy, choice.dtype, cache, choice.settings.options);
+        caches_.push_back(make_cache(choice.policy, choice.dtype, cache, choice.settings.options));
       }
     }
   }
@@ -92,6 +100,7 @@ class Decoder {
   void observe(LayerObserver* observer) { observers_.push_back(observer); }
 
   /// Reads one token of the prompt. All of them come before the first feed().
+  /// Throws CacheRefusal, as feed() does.
   void feed_prompt(TokenId token) { forward(token, true); }
 
   /// Reads one token of the answer.
@@ -204,7 +213,7 @@ class Decoder {
   }
 
   static void require(const kvsparse::AnyCache& cache, kvsparse::Status status) {
-    if (!status) throw std::runtime_error("policy " + std::string(cache.policy_name()) + ": " + status.message());
+    if (!status) throw CacheRefusal("policy " + std::string(cache.policy_name()) + ": " + status.message());
   }
 
   const Model& model_;

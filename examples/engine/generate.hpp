@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <functional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -26,7 +27,7 @@ inline std::string_view stop_reason_name(StopReason reason) {
 
 struct Generation {
   std::vector<TokenId> tokens;  // the end-of-text token included when it came
-  std::vector<float> logits;    // the winning logit of each token
+  std::vector<float> logits;    // the logit of each token, which is the largest unless the token was fed
   StopReason stopped = StopReason::max_new;
   CacheTotals cache;
   double seconds = 0.0;  // choosing and reading those tokens, the time of observers taken off
@@ -34,10 +35,17 @@ struct Generation {
   double tokens_per_second() const { return seconds > 0.0 ? static_cast<double>(tokens.size()) / seconds : 0.0; }
 };
 
-/// Decodes up to `max_new` tokens after `prompt`. The last one is read too, so that the caches end up with the whole
+/// A token that is given instead of decoded, as a user's or a tool's turn would be.
+struct FedToken {
+  std::size_t index;  // of the answer's tokens, from 0
+  TokenId token;
+};
+
+/// Decodes up to `max_new` tokens after `prompt`, except for those that `fed`, in the order of their indices, gives;
+/// they count as part of the answer. The last one is read too, so that the caches end up with the whole
 /// sequence. `proceed` is called with the number of tokens read so far and stops the decoding by returning false.
 inline Generation generate(Decoder& decoder, const std::vector<TokenId>& prompt, std::size_t max_new,
-                           const std::function<bool(std::size_t)>& proceed) {
+                           const std::function<bool(std::size_t)>& proceed, std::span<const FedToken> fed = {}) {
   using Clock = std::chrono::steady_clock;
   const std::vector<std::uint64_t>& eos = decoder.model().config().eos_tokens;
   Generation result;
@@ -51,7 +59,9 @@ inline Generation generate(Decoder& decoder, const std::vector<TokenId>& prompt,
   bool at_end = false;
   while (go_on && !at_end && result.tokens.size() < max_new) {
     const Vector& logits = decoder.logits();
-    const TokenId token = greedy_choice(logits);
+    const bool is_fed = !fed.empty() && fed.front().index == result.tokens.size();
+    const TokenId token = is_fed ? fed.front().token : greedy_choice(logits);
+    if (is_fed) fed = fed.subspan(1);
     result.tokens.push_back(token);
     result.logits.push_back(logits[static_cast<Eigen::Index>(token)]);
     at_end = std::find(eos.begin(), eos.end(), token) != eos.end();

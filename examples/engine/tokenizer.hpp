@@ -61,6 +61,14 @@ class Tokenizer {
     return encoding;
   }
 
+  /// Nothing for a word outside the vocabulary.
+  std::optional<TokenId> id_of(const std::string& word) const {
+    const auto found = ids_.find(word);
+    return found == ids_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  const std::filesystem::path& file() const { return file_; }
+
   /// The words with single blanks between them; an id without a word becomes <id>.
   std::string decode(const std::vector<TokenId>& ids) const {
     std::string text;

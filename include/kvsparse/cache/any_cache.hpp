@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../policy/dense.hpp"
@@ -78,11 +79,16 @@ inline std::string unknown_policy(std::string_view name) {
 
 }  // namespace detail
 
+template <class Policy>
+PolicyFacts policy_facts() {
+  return {Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
+}
+
 /// Throws ConfigError, listing the known names, if there is no such policy.
 inline PolicyFacts policy_facts(std::string_view name) {
   std::optional<PolicyFacts> facts;
   detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
-    if (Policy::name == name) facts = PolicyFacts{Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
+    if (Policy::name == name) facts = policy_facts<Policy>();
   });
   if (!facts) KVSPARSE_THROW(ConfigError(detail::unknown_policy(name)));
   return *facts;
@@ -100,6 +106,15 @@ class AnyCache {
     });
     if (cache_ == nullptr) KVSPARSE_THROW(ConfigError(detail::unknown_policy(policy)));
   }
+
+  /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
+  /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all three unless
+  /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
+  template <class Policy, StorageScalar... Scalars>
+  static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
+    return AnyCache(make<Policy, Scalars...>(scalar, config, settings));
+  }
+
   AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
   AnyCache& operator=(const AnyCache& other) {
     cache_ = other.cache_->clone();
@@ -134,6 +149,10 @@ class AnyCache {
   }
 
   CacheStats stats() const { return cache_->stats(); }
+  /// What construction allocated for pages, summaries, policy state and scratch: bytes_required of the configuration.
+  std::size_t bytes_allocated() const { return cache_->bytes_allocated(); }
+  /// What it allocated beside that: the cache object that this handle points to.
+  std::size_t object_bytes() const noexcept { return cache_->object_bytes(); }
   std::vector<Position> resident_positions(std::size_t kv_head) const { return cache_->resident_positions(kv_head); }
   std::vector<Position> read_positions(std::size_t kv_head) const { return cache_->read_positions(kv_head); }
 
@@ -155,6 +174,8 @@ class AnyCache {
                                std::span<float> log_sum_exp) noexcept = 0;
     virtual Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept = 0;
     virtual CacheStats stats() const = 0;
+    virtual std::size_t bytes_allocated() const = 0;
+    virtual std::size_t object_bytes() const noexcept = 0;
     virtual std::vector<Position> resident_positions(std::size_t kv_head) const = 0;
     virtual std::vector<Position> read_positions(std::size_t kv_head) const = 0;
   };
@@ -188,6 +209,8 @@ class AnyCache {
       return kvsparse::attend_prompt(cache, q, out);
     }
     CacheStats stats() const override { return cache.stats(); }
+    std::size_t bytes_allocated() const override { return decltype(cache)::bytes_required(config(), cache.policy()); }
+    std::size_t object_bytes() const noexcept override { return sizeof(Model); }
     std::vector<Position> resident_positions(std::size_t kv_head) const override {
       return cache.resident_positions(kv_head);
     }
@@ -195,9 +218,31 @@ class AnyCache {
     PagedKvCache<Policy, Scalar> cache;
   };
 
-  template <class Policy>
+  explicit AnyCache(std::unique_ptr<Interface> cache) : cache_(std::move(cache)) {}
+
+  template <class Policy, StorageScalar... Scalars>
   static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config,
                                          std::span<const OptionSetting> settings) {
+    if constexpr (sizeof...(Scalars) == 0) {
+      return make<Policy, float, Half, Bfloat16>(scalar, config, settings);
+    } else {
+      const Policy policy = with_settings<Policy>(settings);
+      const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];
+      std::unique_ptr<Interface> cache;
+      const auto try_type = [&]<class Scalar>() {
+        if (scalar_name<Scalar> == wanted) cache = std::make_unique<Model<Policy, Scalar>>(config, policy);
+      };
+      (try_type.template operator()<Scalars>(), ...);
+      if (cache == nullptr) {
+        KVSPARSE_THROW(ConfigError("policy " + std::string(Policy::name) + " is not compiled for storage type " +
+                                   std::string(wanted)));
+      }
+      return cache;
+    }
+  }
+
+  template <class Policy>
+  static Policy with_settings(std::span<const OptionSetting> settings) {
     Policy policy;
     for (const bool presets : {true, false}) {
       for (const OptionSetting& setting : settings) {
@@ -209,12 +254,7 @@ class AnyCache {
         }
       }
     }
-    switch (scalar) {
-      case ScalarType::f32: return std::make_unique<Model<Policy, float>>(config, policy);
-      case ScalarType::f16: return std::make_unique<Model<Policy, Half>>(config, policy);
-      case ScalarType::bf16: return std::make_unique<Model<Policy, Bfloat16>>(config, policy);
-    }
-    return nullptr;
+    return policy;
   }
 
   std::unique_ptr<Interface> cache_;

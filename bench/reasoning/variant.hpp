@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// A policy with its options as one word: "h2o", "h2o:pin_prompt=true", "raas:evidence=quest_bound:alpha=1e-4".
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "common/option_lists.hpp"
+#include "idea_cache.hpp"
+
+namespace kvsparse_tools {
+
+struct PolicyVariant {
+  std::string text;  // as given
+  std::string policy;
+  PolicySettings settings;
+  bool ignores_budget = false;  // like dense: neither evicts nor selects
+};
+
+/// Whether the policy has the options, and the options the values, shows when a cache is made. Throws UsageError.
+inline PolicyVariant parse_variant(const std::string& text) {
+  std::vector<std::string> parts;
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const std::size_t end = std::min(text.find(':', begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  PolicyVariant variant{text, parts.front(), {}, false};
+  kvsparse::PolicyFacts facts;
+  try {
+    facts = idea_or_named_facts(variant.policy);
+  } catch (const kvsparse::ConfigError&) {
+    // A name goes back to the terminal, so it is quoted here and not by the library's sentence.
+    std::string known;
+    for (const auto& names : {kvsparse::policy_names(), idea_names()}) {
+      for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
+    }
+    throw UsageError("--policy names the unknown " + in_quotes(variant.policy) + "; known are " + known);
+  }
+  variant.ignores_budget = !facts.evicts && !facts.selects;
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    const std::size_t equals = parts[i].find('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw UsageError("--policy got " + in_quotes(text) + ", name:key=value:key=value was expected");
+    }
+    const std::string key = parts[i].substr(0, equals), value = parts[i].substr(equals + 1);
+    if (key == "read_budget" && facts.selects) {
+      variant.settings.read_budget_tokens = parse_count("read_budget", value, 1, largest_budget);
+    } else {
+      variant.settings.options.push_back({key, value});
+    }
+  }
+  return variant;
+}
+
+}  // namespace kvsparse_tools

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// What this thread took from operator new. Linking allocation_counter.cpp replaces the global operators, so only
+// programs that want the numbers should; sanitizers cannot look behind them.
+#pragma once
+
+#include <cstddef>
+
+namespace kvsparse_tools {
+
+struct AllocationCount {
+  std::size_t allocations = 0;
+  std::size_t deallocations = 0;
+  /// Allocated less given back. Wraps around when this thread gives back what others took: differences stay right.
+  std::size_t live_bytes = 0;
+};
+
+AllocationCount allocations_of_this_thread() noexcept;
+
+}  // namespace kvsparse_tools

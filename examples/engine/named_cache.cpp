@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "named_cache.hpp"
+
+namespace kvsparse_tools {
+
+kvsparse::AnyCache named_cache(std::string_view policy, kvsparse::ScalarType dtype, const kvsparse::CacheConfig& config,
+                               std::span<const kvsparse::OptionSetting> settings) {
+  return kvsparse::AnyCache(policy, dtype, config, settings);
+}
+
+}  // namespace kvsparse_tools
