@@ -78,6 +78,30 @@ inline Experiment full() {
           false};
 }
 
+/// One chain of 4200 tokens after a prompt of 23: budgets from 1/40 to 1/5 of the sequence.
+inline Experiment long_chains() {
+  const std::size_t lines = 350;
+  const Texts policies{"dense", "streaming_llm:pin_prompt=true", "h2o:pin_prompt=true", "random", "quest", "raas"};
+  return {"long",
+          32,
+          {{{"long"}, LineFormat::long_labels, {"fall", "uniform"}, policies, {4}, {104, 212, 424, 848}, lines}},
+          false};
+}
+
+/// Rules that might do better than RaaS where gaps are long. `names` are those of bench/reasoning/ideas.
+inline Experiment ideas(const Texts& names) {
+  Texts policies{"dense", "quest", "raas", "h2o:pin_prompt=true", "random", "kindred"};
+  policies.insert(policies.end(), names.begin(), names.end());
+  const Texts pages_compared{"raas", "kindred"};
+  return {"ideas",
+          128,
+          {{{"main"}, LineFormat::plain, {"mile", "fall", "lru", "age", "uniform"}, policies, {4}, {256, 384}},
+           {{"main"}, LineFormat::plain, {"mile", "fall"}, pages_compared, {1, 2, 5, 8, 16}, {256}},
+           {{"plain"}, LineFormat::plain, {"mile", "fall"}, pages_compared, {4}, {256, 384}},
+           {{"varied"}, LineFormat::varied, {"mile", "fall"}, pages_compared, {4}, {256, 384}}},
+          false};
+}
+
 /// What must hold of the gate's first sweep: shares of right answers.
 struct GateBound {
   const char* policy;

@@ -27,7 +27,7 @@ struct NamedModel {
 struct ReasoningOptions {
   std::vector<NamedModel> models;
   Experiment experiment;
-  std::uint64_t seed = 5000000000;  // from 2^32 on, a seed is one that no training has seen
+  std::uint64_t seed = 100000000000;  // from 2^34 on, a seed is one that no training has seen
   kvsparse::ScalarType dtype = kvsparse::ScalarType::f32;
   std::size_t threads = 1;
   std::size_t dense_layers = 0;
@@ -75,8 +75,10 @@ inline std::vector<std::string> parse_sets(const std::vector<std::string>& texts
 inline Experiment preset(const std::string& name) {
   if (name == "quick") return experiments::quick();
   if (name == "full") return experiments::full();
+  if (name == "long") return experiments::long_chains();
+  if (name == "ideas") return experiments::ideas(idea_names());
   if (name == "gate") return experiments::gate(kvsparse::policy_names());
-  throw UsageError("--experiment got " + in_quotes(name) + ", quick, full or gate was expected");
+  throw UsageError("--experiment got " + in_quotes(name) + ", quick, full, long, ideas or gate was expected");
 }
 
 inline void check_sweep(const Sweep& sweep) {
@@ -115,13 +117,14 @@ inline ReasoningOptions parse_reasoning_options(CLI::App& app, int argc, char** 
   auto* page_size = app.add_option("--page-size", page_sizes, "tokens per page, several by commas [4]");
   auto* line_format = app.add_option("--format", format, "plain, varied or long [plain]");
   auto* line_count = app.add_option("--lines", lines, "lines per chain [48]");
-  auto* experiment = app.add_option("--experiment", preset,
-                                    "quick (two minutes), full, or gate (exits with 1 when a check fails), instead of "
-                                    "lists of one's own; expects models named main, plain, varied and skips what "
-                                    "needs another");
+  auto* experiment =
+      app.add_option("--experiment", preset,
+                     "quick (two minutes), full, long, ideas, or gate (exits with 1 when a check fails), "
+                     "instead of lists of one's own; expects models named main, plain, varied, long "
+                     "and skips what needs another");
   for (CLI::Option* list : {set, policy, budget, page_size, line_format, line_count}) experiment->excludes(list);
   app.add_option("--problems", problems, "problems per cell [128, or the experiment's]");
-  app.add_option("--seed", seed, "of the problems; below 2^32 training may have seen them [" + seed + "]");
+  app.add_option("--seed", seed, "of the problems; below 2^34 training may have seen them [" + seed + "]");
   app.add_option("--dtype", dtype, "storage of keys and values: f32, f16 or bf16 [f32]");
   app.add_option("--dense-layers", dense_layers, "the first layers that keep everything [0]");
   app.add_option("--threads", threads, "problems decoded at the same time [all cores]");

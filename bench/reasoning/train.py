@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the LemmaChain models from nothing, one after another, and writes them as Hugging Face directories.
 
-    bench/reasoning/train.py --generator build/release/bench/generate_problems --output trained --seeds 1,2,3
+    bench/reasoning/train.py --generator build/release/bench/generate_problems --output build/trained --seeds 1,2,3
 
 Needs Debian's python3-torch and libopenblas0-pthread (without the latter a matrix product takes eight times as long).
 Three plain phases over growing chains (stage A) give the `plain` model; stages B and C go on from it to `main`, and a
@@ -35,6 +35,7 @@ class Phase:
     batch: int
     lines: tuple  # a batch has chains of one of these lengths
     accuracy: float  # share of held-out chains that must be right in every token before the next phase
+    holds_offset_heads: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Recipe:
 RECIPES = {
     "main": Recipe("plain", (
         Stage("A", "plain next-token loss",
-              (Phase(800, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(500, 16, (16, 32, 48), 0.95)),
+              (Phase(400, 32, (8,), 0.8, holds_offset_heads=True), Phase(300, 32, (8, 16), 0.9), Phase(500, 16, (16, 32, 48), 0.95)),
               2e-3, 50, writes="plain"),
         Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
               (Phase(100, 24, (16, 24), 0.9), Phase(300, 16, (24, 32, 48), 0.95)), 1.5e-3, 30, eviction=0.8),
@@ -73,7 +74,7 @@ RECIPES = {
               parking_penalty=1.0, writes="varied"),), starts_from="main"),
     "long": Recipe("long", (
         Stage("A", "plain next-token loss",
-              (Phase(800, 32, (8,), 0.8), Phase(300, 32, (8, 16), 0.9), Phase(300, 16, (16, 32, 48), 0.9)),
+              (Phase(400, 32, (8,), 0.8, holds_offset_heads=True), Phase(300, 32, (8, 16), 0.9), Phase(300, 16, (16, 32, 48), 0.9)),
               2e-3, 50),
         Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
               (Phase(200, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
@@ -87,7 +88,8 @@ class Model(torch.nn.Module):
     """A Llama-architecture decoder; parameters bear the names of Hugging Face's checkpoints."""
 
     hidden, layers, query_heads, kv_heads, head_dim, intermediate, epsilon = 128, 2, 4, 2, 32, 256, 1e-5
-    query_block = 192
+    query_block = 192  # of training's attention
+    offset_heads = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.q_proj.weight")
 
     def __init__(self, vocabulary, recipe):
         super().__init__()
@@ -107,7 +109,7 @@ class Model(torch.nn.Module):
         self.tensors = torch.nn.ParameterDict(
             {name.replace(".", "/"): torch.nn.Parameter(self.initial(name, shape)) for name, shape in shapes.items()})
         with torch.no_grad():
-            self.start_heads()
+            self.start_offset_heads()
 
     def initial(self, name, shape):
         if len(shape) == 1:
@@ -123,22 +125,16 @@ class Model(torch.nn.Module):
     def frequencies(self):
         return self.rope_theta ** (-torch.arange(self.head_dim // 2, dtype=torch.float64) * 2 / self.head_dim)
 
-    def start_heads(self, sharpness=5.0, fast_pairs=4, match=1.5, first_slow_pair=8):
-        """Some heads begin near what the task needs; with an ordinary start the read of a definition did not form in
-        thousands of steps. Initialisation only: training is free to undo all of it.
-
-        Three heads of layer 0 begin as soft "attend 1, 2, 3 tokens back" heads. All embeddings share a mean direction,
+    def start_offset_heads(self, sharpness=8.0, fast_pairs=5):
+        """Three heads of layer 0 begin as "attend 1, 2, 3 tokens back" heads. All embeddings share a mean direction,
         which those heads' keys and queries see: the key is the same everywhere, the query the same turned back by the
-        offset, so that after RoPE their product is largest at that distance. Two heads of layer 1 begin as soft "find
-        the token whose predecessor is the one 1, or 2, tokens before me" heads: their keys read what the first offset
-        head wrote, their queries what the first and the second wrote, in the RoPE pairs that hardly turn."""
+        offset, so that after RoPE their product is largest at that distance."""
         half = self.head_dim // 2
         mean = torch.randn(self.hidden)
         mean /= mean.norm()
         self["model.embed_tokens.weight"].add_(mean)
         gain = sharpness / (0.5 * self.hidden) ** 0.5  # a normalised embedding has about this much along the mean
-        first, second = "model.layers.0.self_attn.", "model.layers.1.self_attn."
-        key, query = self[first + "k_proj.weight"], self[first + "q_proj.weight"]
+        key, query = (self[name] for name in self.offset_heads)
         for head in range(self.kv_heads):
             for pair in range(fast_pairs):
                 key[head * self.head_dim + pair] = gain * mean
@@ -148,15 +144,11 @@ class Model(torch.nn.Module):
                 query[head * self.head_dim + pair] = gain * math.cos(frequency * offset) * mean
                 query[head * self.head_dim + pair + half] = -gain * math.sin(frequency * offset) * mean
 
-        value, output = self[first + "v_proj.weight"], self[first + "o_proj.weight"]
-        value[: self.head_dim] -= (value[: self.head_dim] @ mean)[:, None] * mean  # what tokens share tells none apart
-        slow = [pair + part for part in (0, half) for pair in range(first_slow_pair, half)]
-        for coordinate, row in enumerate(slow):
-            one_back = match * F.normalize(output[:, coordinate], dim=0)
-            two_back = match * F.normalize(output[:, self.head_dim + coordinate], dim=0)
-            self[second + "k_proj.weight"][row] = one_back
-            self[second + "q_proj.weight"][row] = one_back
-            self[second + "q_proj.weight"][self.head_dim + row] = two_back
+    def hold_offset_heads(self, hold):
+        """Until the first reads have formed, training would wear the offset heads down faster than it finds a use for
+        them: the read of a definition then does not form in thousands of steps; with them held it takes 300."""
+        for name in self.offset_heads:
+            self[name].requires_grad_(not hold)
 
     def norm(self, x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon) * self[name]
@@ -242,9 +234,10 @@ class Problems:
         random = np.random.default_rng(seed)
         names = random.choice([name for name, _ in mixture], size, p=[share for _, share in mixture])
         rows = []
-        for name in sorted(set(names)):
+        for index, (name, _) in enumerate(mixture):
             count = int((names == name).sum())
-            text = self.call("--set", name, "--lines", lines, "--count", count, "--seed", seed, "--with-lines")
+            text = self.call("--set", name, "--lines", lines, "--count", count, "--seed", seed * len(mixture) + index,
+                             "--with-lines") if count else ""
             rows += [json.loads(line) for line in text.splitlines()]
         return Batch(rows, self.ids)
 
@@ -365,13 +358,14 @@ class Trainer:
         seed = int(np.random.SeedSequence(at).generate_state(1)[0]) & 0x7FFFFFFF
         lines = phase.lines[seed % len(phase.lines)]
         batch = self.problems.batch(phase.batch, lines, seed)
+        self.model.hold_offset_heads(phase.holds_offset_heads)
         hides = torch.rand(()).item() < stage.eviction
         logits, watched = self.model(batch.tokens, batch.hidden_pairs(Model.layers) if hides else None,
                                      batch.irrelevant if stage.parking_penalty else None)
         loss = batch.loss(logits) + stage.parking_penalty * watched
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(stage)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -440,6 +434,9 @@ class Trainer:
         last = self.recipe.stages.index(stage) + 1
         lines = max(stage.phases[-1].lines)
         sets = [(name, self.held_out(lines, 32, ((name, 1.0),))) for name in ("fall", "mile", "lru", "age", "uniform")]
+        count = 32 if lines <= 48 else 2
+        (directory / "problems.jsonl").write_text(
+            self.problems.call("--set", "fall", "--lines", lines, "--count", count, "--seed", 1 << 35))
         write_card(directory, self, self.recipe.stages[:last], lines, sets)
         self.finished.append(str(directory))
 
