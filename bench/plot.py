@@ -17,6 +17,7 @@ import math
 import pathlib
 import struct
 import sys
+import textwrap
 
 import matplotlib
 
@@ -278,6 +279,7 @@ def legend_below(figure, axes_list, dense=None, columns=3, extra=()):
     if dense is not None:
         entries.append((Line2D([], [], color="black", linewidth=1, linestyle=":"), "dense: the model without sparsity"))
     entries += extra
+    columns = max(1, min(columns, int(figure.get_figwidth() / 3.2)))
     figure.legend(*zip(*entries), loc="lower center", ncol=columns, frameon=False, fontsize=10.5, columnspacing=1.6)
     return -(-len(entries) // columns)
 
@@ -286,9 +288,15 @@ def model_name(model):
     return "model of varied lines" if model == "varied" else f"{model} model"
 
 
+def wrapped(text, width):
+    return "\n".join(textwrap.fill(line, round(width)) for line in text.split("\n"))
+
+
 def finish(figure, title, path, legend_rows=0, note=None):
     """Title above, room for the legend and a note below, and the file."""
-    height = figure.get_figheight()
+    width, height = figure.get_size_inches()
+    title = wrapped(title, width * 8.2)
+    note = note and wrapped(note, width * 14.5)
     heading = figure.suptitle(title, x=0.012, y=1 - 0.12 / height, ha="left", va="top", fontsize=14.5,
                               fontweight="bold")
     heading.set_in_layout(False)
@@ -354,7 +362,7 @@ def accuracy(rows, path):
         guess = axes.axhline(10, color=GREY, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
     used = legend_below(figure, grid[0], dense_of(drawn), extra=[(guess, "a guess is right in 10 %")])
     note = ("Pages of 4. fall: what a line cites goes silent for good after a few lines; uniform: any earlier line may "
-            "be cited. The plain model was not trained to\nignore what it does not need. Like dense: at most two "
+            "be cited. The plain model was not trained to ignore what it does not need. Like dense: at most two "
             "standard errors below, there and at larger budgets.")
     if any(row.refused for row in rows):
         note += " Not drawn: budgets that a policy refuses, because the prompt that it pins does not fit."

@@ -47,8 +47,8 @@ inline Texts all_policies() {
 }
 
 inline Experiment quick() {
-  return {
-      "quick", 32, {{{"main"}, LineFormat::plain, {"fall", "uniform"}, main_policies, {4}, {192, 256, 384}}}, false};
+  const Sweep sweep{{"main", "plain"}, LineFormat::plain, {"fall", "uniform"}, main_policies, {4}, {192, 256, 384}};
+  return {"quick", 32, {sweep}, false};
 }
 
 inline Experiment full() {
