@@ -99,7 +99,8 @@ class Evaluation {
     std::string names;
     for (const std::string& name : missing) names += (names.empty() ? "" : ", ") + name;
     if (cells_.empty())
-      throw UsageError("--experiment " + options_.experiment.name + " needs --model " + names + "=DIR");
+      throw UsageError("--experiment " + options_.experiment.name + " needs --model NAME=DIR of a model named " +
+                       names);
     if (!missing.empty()) complain("note: what needs a model named " + names + " is skipped", 0);
   }
 

@@ -236,7 +236,7 @@ def check_refusals(reasoning, model, directory):
     refused("unknown experiment", {**none, "--experiment": "slow"}, ["'slow'", "gate"])
     refused("experiment and list", {**none, "--experiment": "quick", "--budget": 96}, ["--experiment", "--budget"])
     refused("experiment without its model", {**none, "--experiment": "quick", "--model": f"other={model}"},
-            ["main=DIR"])
+            ["named main, plain"])
     print("refusals: checked")
 
 
