@@ -11,7 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 die() { printf 'bench/reasoning/run.sh: %s\n' "$*" >&2; exit 1; }
 
-experiments=(full long ideas)
+experiments=(full ideas)
+[ ! -d bench/reasoning/models/long ] || experiments+=(long)
 case "${1:-}" in
   "") ;;
   --quick) experiments=(quick) ;;
@@ -29,8 +30,8 @@ cmake --build "$build" --target reasoning decode
 mkdir -p "$results"
 
 models=(--model main=examples/model)
-for name in plain varied long; do
-  models+=(--model "$name=bench/reasoning/models/$name")
+for directory in bench/reasoning/models/*/; do
+  models+=(--model "$(basename "$directory")=${directory%/}")
 done
 csvs=()
 for experiment in "${experiments[@]}"; do
