@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "evaluate.hpp"
@@ -24,11 +25,10 @@ struct Cell {
   std::size_t page_size = 0;
   std::size_t budget = 0;  // 0: the policy ignores it
 
-  /// Of one problem set, whatever the cache.
-  bool same_problems(const Cell& other) const {
-    return format == other.format && set == other.set && lines == other.lines;
-  }
-  bool same_table(const Cell& other) const { return model == other.model && same_problems(other); }
+  /// What names the problem set, whatever the model and the cache.
+  using ProblemKey = std::tuple<LineFormat, std::string, std::size_t>;
+  ProblemKey problem_key() const { return {format, set, lines}; }
+  bool same_table(const Cell& other) const { return model == other.model && problem_key() == other.problem_key(); }
   bool same_measurement(const Cell& other) const {
     if (!same_table(other) || variant.text != other.variant.text) return false;
     return variant.ignores_budget || (page_size == other.page_size && budget == other.budget);
@@ -51,8 +51,9 @@ inline std::vector<Cell> cells_of(const std::vector<Sweep>& sweeps, const std::v
       for (const std::string& set : sweep.sets) {
         for (const std::size_t page_size : sweep.page_sizes) {
           for (const std::string& policy : sweep.policies) {
+            const PolicyVariant variant = parse_variant(policy);
             for (const std::size_t budget : sweep.budgets) {
-              add({model.name, sweep.format, set, sweep.lines, parse_variant(policy), page_size, budget});
+              add({model.name, sweep.format, set, sweep.lines, variant, page_size, budget});
             }
           }
         }

@@ -2,13 +2,11 @@
 // Writes LemmaChain problems, one JSON object a line, or the tokenizer that their words need.
 #include <CLI/CLI.hpp>
 #include <cstdint>
-#include <cstdio>
-#include <exception>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <string>
 
 #include "common/output_file.hpp"
+#include "common/program.hpp"
 #include "lemma_chain.hpp"
 
 namespace {
@@ -64,7 +62,7 @@ int main(int argc, char** argv) {
   app.add_flag("--with-lines", with_lines,
                "add 'lines': [begin, end, cited line, definition begin, definition end, [informative], [fed]]");
   app.add_flag("--tokenizer", only_tokenizer, "write the format's tokenizer.json instead");
-  try {
+  return run_program(app, "not enough memory for these problems", [&] {
     app.parse(argc, argv);
     const LineFormat line_format = parse_line_format(format);
     const SourceRule source_rule = SourceRule::parse(rule);
@@ -81,11 +79,5 @@ int main(int argc, char** argv) {
       }
     });
     return 0;
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);
-    std::fprintf(stderr, "generate_problems: %s (--help lists the options)\n", error.what());
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "generate_problems: %s\n", error.what());
-  }
-  return 2;
+  });
 }

@@ -2,21 +2,19 @@
 #include "idea_cache.hpp"
 
 #include <optional>
+#include <utility>
 
 #include "engine/named_cache.hpp"
-
-// Research policies are plugged in here and nowhere else: a PolicyList.
 #include "ideas/ideas.hpp"
-namespace {
-using Ideas = kvsparse_tools::ideas::Ideas;
-}
 
 namespace kvsparse_tools {
 
 namespace {
 
+using ideas::Ideas;  // research policies are plugged in there and nowhere else
+
 template <class Visit, class... Policies>
-void visit_ideas(kvsparse::PolicyList<Policies...>, [[maybe_unused]] Visit&& visit) {
+void visit_ideas(kvsparse::PolicyList<Policies...>, Visit&& visit) {
   (visit.template operator()<Policies>(), ...);
 }
 

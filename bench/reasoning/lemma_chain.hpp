@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -79,12 +80,17 @@ struct SourceRule {
 };
 
 enum class LineFormat { plain, varied, long_labels };
+inline constexpr std::string_view line_format_names[] = {"plain", "varied", "long"};
+
+inline std::string_view line_format_name(LineFormat format) {
+  return line_format_names[static_cast<std::size_t>(format)];
+}
 
 /// Throws std::invalid_argument.
 inline LineFormat parse_line_format(std::string_view text) {
-  if (text == "plain") return LineFormat::plain;
-  if (text == "varied") return LineFormat::varied;
-  if (text == "long") return LineFormat::long_labels;
+  for (std::size_t i = 0; i < std::size(line_format_names); ++i) {
+    if (line_format_names[i] == text) return static_cast<LineFormat>(i);
+  }
   throw std::invalid_argument("line format '" + std::string(text) + "' is not plain, varied or long");
 }
 
@@ -333,8 +339,7 @@ inline SourceRule SourceRule::parse(std::string_view text) {
   const std::size_t colon = std::min(text.find(':'), text.size());
   const std::string_view name = text.substr(0, colon);
   SourceRule rule;
-  if (name == "fall") {
-  } else if (name == "mile") {
+  if (name == "mile") {
     rule = {Kind::mile, 0.35, 16, 0};
   } else if (name == "lru") {
     rule.kind = Kind::lru;
@@ -342,7 +347,7 @@ inline SourceRule SourceRule::parse(std::string_view text) {
     rule.kind = Kind::age;
   } else if (name == "uniform") {
     rule.kind = Kind::uniform;
-  } else {
+  } else if (name != "fall") {
     fail("is not fall, mile, lru, age or uniform");
   }
   for (std::size_t begin = colon + 1; begin < text.size();) {
@@ -356,7 +361,11 @@ inline SourceRule SourceRule::parse(std::string_view text) {
         std::stoul(digits) == 0) {
       fail("needs whole numbers from 1 to 9999");
     }
-    (key == "gmax" ? rule.max_gap = std::stoul(digits) : (rule.life = std::stod(digits), std::size_t{0}));
+    if (key == "gmax") {
+      rule.max_gap = std::stoul(digits);
+    } else {
+      rule.life = std::stod(digits);
+    }
     begin = end + 1;
   }
   return rule;

@@ -3,7 +3,6 @@
 // the real container and kernel, for every model, problem set, policy, page size and budget that is asked for.
 #include <CLI/CLI.hpp>
 #include <cstddef>
-#include <deque>
 #include <iostream>
 #include <map>
 #include <mutex>
@@ -112,20 +111,11 @@ class Evaluation {
     }
   }
 
-  const ProblemSet& problems_of(const Cell& cell) const {
-    std::size_t i = 0;
-    while (!set_cells_[i].same_problems(cell)) ++i;
-    return sets_[i];
-  }
-
   void make_problems(const Cell& cell) {
-    bool is_new = true;
-    for (const Cell& known : set_cells_) is_new = is_new && !known.same_problems(cell);
-    if (is_new) {
-      set_cells_.push_back(cell);
-      sets_.emplace_back(cell.set, cell.format, cell.lines, options_.seed, options_.experiment.problems);
-    }
-    const ProblemSet& set = problems_of(cell);
+    const ProblemSet& set = sets_
+                                .try_emplace(cell.problem_key(), cell.set, cell.format, cell.lines, options_.seed,
+                                             options_.experiment.problems)
+                                .first->second;
     const Loaded& loaded = models_.at(cell.model);
     if (!checked_.emplace(cell.model, &set).second) return;
     set.check_vocabulary(loaded.tokenizer);
@@ -166,8 +156,8 @@ class Evaluation {
 
   std::optional<Outcome> decode(const Cell& cell, std::size_t problem) const {
     const Loaded& loaded = models_.at(cell.model);
-    return evaluate(loaded.model, loaded.tokenizer, choice_of(cell), cell.format, problems_of(cell).problems()[problem],
-                    keeps_tokens());
+    return evaluate(loaded.model, loaded.tokenizer, choice_of(cell), cell.format,
+                    sets_.at(cell.problem_key()).problems()[problem], keeps_tokens());
   }
 
   /// Called by one thread at a time.
@@ -202,8 +192,7 @@ class Evaluation {
   std::vector<Cell> cells_;
   ReasoningReport report_;
   std::map<std::string, Loaded> models_;
-  std::vector<Cell> set_cells_;  // one of the cells that each of sets_ serves
-  std::deque<ProblemSet> sets_;
+  std::map<Cell::ProblemKey, ProblemSet> sets_;
   std::set<std::pair<std::string, const ProblemSet*>> checked_;  // against the vocabulary of a model
   std::mutex mutex_;
   std::vector<CellInWork> outcomes_;

@@ -121,15 +121,6 @@ class ReasoningReport {
     return json;
   }
 
-  static std::string line_format_name(LineFormat format) {
-    switch (format) {
-      case LineFormat::plain: return "plain";
-      case LineFormat::varied: return "varied";
-      case LineFormat::long_labels: return "long";
-    }
-    return "unknown";
-  }
-
   void print_table(std::ostream& out, const Cell& table) const {
     std::set<std::size_t> budgets;
     std::vector<std::string> variants;

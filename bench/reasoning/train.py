@@ -59,26 +59,31 @@ class Recipe:
     starts_from: str = ""
 
 
+PLAIN = "plain next-token loss"
+HIDING = "far tokens that a line does not need are hidden in 80 % of the batches"
+PARKING = "as B, and the attention mass on those tokens is part of the loss"
+FIRST_READS = Phase(400, 32, (8,), 0.6, holds_offset_heads=True)
+
 RECIPES = {
     "main": Recipe("plain", (
-        Stage("A", "plain next-token loss",
-              (Phase(400, 32, (8,), 0.6, holds_offset_heads=True), Phase(300, 32, (8, 16), 0.7), Phase(500, 16, (16, 32, 48), 0.95)),
+        Stage("A", PLAIN,
+              (FIRST_READS, Phase(300, 32, (8, 16), 0.7), Phase(500, 16, (16, 32, 48), 0.95)),
               2e-3, 50, writes="plain"),
-        Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
+        Stage("B", HIDING,
               (Phase(100, 24, (16, 24), 0.9), Phase(300, 16, (24, 32, 48), 0.95)), 1.5e-3, 30, eviction=0.8),
-        Stage("C", "as B, and the attention mass on those tokens is part of the loss",
+        Stage("C", PARKING,
               (Phase(220, 16, (16, 32, 48), 0.97),), 1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="main"))),
     "varied": Recipe("varied", (
         Stage("D", "as C, on chains whose lines vary in length and which end with <eos>",
               (Phase(150, 32, (8, 16), 0.9), Phase(200, 16, (16, 32, 48), 0.97)), 1.5e-3, 20, eviction=0.8,
               parking_penalty=1.0, writes="varied"),), starts_from="main"),
     "long": Recipe("long", (
-        Stage("A", "plain next-token loss",
-              (Phase(400, 32, (8,), 0.6, holds_offset_heads=True), Phase(300, 32, (8, 16), 0.7), Phase(300, 16, (16, 32, 48), 0.9)),
+        Stage("A", PLAIN,
+              (FIRST_READS, Phase(300, 32, (8, 16), 0.7), Phase(300, 16, (16, 32, 48), 0.9)),
               2e-3, 50),
-        Stage("B", "far tokens that a line does not need are hidden in 80 % of the batches",
+        Stage("B", HIDING,
               (Phase(200, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
-        Stage("C", "as B, and the attention mass on those tokens is part of the loss",
+        Stage("C", PARKING,
               (Phase(150, 16, (32, 48), 0.9), Phase(150, 4, (64, 96, 128), 0.9), Phase(120, 1, (350,), 0.95)),
               1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e5, max_positions=8192),
 }
@@ -94,6 +99,7 @@ class Model(torch.nn.Module):
     def __init__(self, vocabulary, recipe):
         super().__init__()
         self.vocabulary, self.rope_theta, self.max_positions = vocabulary, recipe.rope_theta, recipe.max_positions
+        self.says_when_finished = recipe.line_format == "varied"
         shapes = {"model.embed_tokens.weight": (vocabulary, self.hidden), "model.norm.weight": (self.hidden,)}
         for layer in range(self.layers):
             name = f"model.layers.{layer}."
@@ -208,7 +214,7 @@ class Model(torch.nn.Module):
         text += b" " * (-len(text) % 8)
         (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
         (directory / "tokenizer.json").write_text(tokenizer)
-        ends = json.loads(tokenizer)["model"]["vocab"].get("<eos>") if "varied" in directory.name else None
+        ends = json.loads(tokenizer)["model"]["vocab"]["<eos>"] if self.says_when_finished else None
         (directory / "config.json").write_text(json.dumps({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocabulary,
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.query_heads,
@@ -478,7 +484,7 @@ def main():
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         sys.exit(f"train.py: --models names '{unknown[0]}', known are {', '.join(RECIPES)}")
-    return_no_memory()
+    keep_freed_memory()
     # `varied` goes on from `main`; all others are on their own.
     chained = [name for name in names if name in ("main", "varied")]
     jobs = [(group, int(seed)) for seed in options.seeds.split(",")
@@ -494,7 +500,7 @@ def train(options, names, seed):
     return [directory for name in names for directory in Trainer(options, name, seed).run()]
 
 
-def return_no_memory():
+def keep_freed_memory():
     """Starts this program again with an allocator that keeps freed memory: every step's large temporaries would go
     back to the kernel and be zeroed anew, which takes longer than the arithmetic. OpenBLAS has threads of its own."""
     settings = {"OPENBLAS_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

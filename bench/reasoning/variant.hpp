@@ -20,12 +20,7 @@ struct PolicyVariant {
 
 /// Whether the policy has the options, and the options the values, shows when a cache is made. Throws UsageError.
 inline PolicyVariant parse_variant(const std::string& text) {
-  std::vector<std::string> parts;
-  for (std::size_t begin = 0; begin <= text.size();) {
-    const std::size_t end = std::min(text.find(':', begin), text.size());
-    parts.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
+  const std::vector<std::string> parts = split_at(':', text);
   PolicyVariant variant{text, parts.front(), {}, false};
   kvsparse::PolicyFacts facts;
   try {

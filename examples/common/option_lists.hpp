@@ -18,16 +18,23 @@
 
 namespace kvsparse_tools {
 
-/// The parts between commas, without the blanks around them. Keeps empty parts, because "a,,b" is a slip of the pen.
-inline std::vector<std::string> list_of(std::string_view text) {
+/// The parts between separators, one more than there are separators.
+inline std::vector<std::string> split_at(char separator, std::string_view text) {
   std::vector<std::string> parts;
   for (std::size_t begin = 0; begin <= text.size();) {
-    const std::size_t end = std::min(text.find(',', begin), text.size());
-    std::string_view part = text.substr(begin, end - begin);
-    part.remove_prefix(std::min(part.find_first_not_of(" \t\n"), part.size()));
-    part = part.substr(0, part.find_last_not_of(" \t\n") + 1);
-    parts.emplace_back(part);
+    const std::size_t end = std::min(text.find(separator, begin), text.size());
+    parts.emplace_back(text.substr(begin, end - begin));
     begin = end + 1;
+  }
+  return parts;
+}
+
+/// The parts between commas, without the blanks around them. Keeps empty parts, because "a,,b" is a slip of the pen.
+inline std::vector<std::string> list_of(std::string_view text) {
+  std::vector<std::string> parts = split_at(',', text);
+  for (std::string& part : parts) {
+    part.erase(0, part.find_first_not_of(" \t\n"));
+    part.erase(part.find_last_not_of(" \t\n") + 1);
   }
   return parts;
 }
