@@ -237,6 +237,9 @@ def check_refusals(reasoning, model, directory):
     refused("experiment and list", {**none, "--experiment": "quick", "--budget": 96}, ["--experiment", "--budget"])
     refused("experiment without its model", {**none, "--experiment": "quick", "--model": f"other={model}"},
             ["named main, plain"])
+    for name, needed in (("full", "main"), ("ideas", "main"), ("long", "long")):  # its lists are checked before that
+        refused(f"experiment {name} without its model", {**none, "--experiment": name, "--model": f"other={model}"},
+                [f"needs --model NAME=DIR of a model named {needed}"])
     print("refusals: checked")
 
 
