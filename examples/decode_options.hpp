@@ -78,7 +78,7 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
                  "Hugging Face directory of a Llama or Qwen2 model (config.json, model.safetensors or its shards)")
       ->required();
   app.add_option("--policy", policy,
-                 "what each layer's cache keeps: dense, streaming_llm, h2o, quest, raas, random, a+b");
+                 "what each layer's cache keeps: dense, streaming_llm, h2o, quest, raas, kindred, random, a+b");
   app.add_option("--compare", compare,
                  "several policies, separated by commas; dense runs first, as what they depart from");
   app.add_option("--budget", options.cache.budget_tokens,

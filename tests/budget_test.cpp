@@ -132,7 +132,8 @@ TEST_P(Budget, HoldsAfterEveryCallAndIsUsedInFull) {
           Feeder feeder(cache, rows);
           const bool pins =
               std::string(pin) == "true" ||
-              (std::string(pin) == "default" && (has_prefix(policy, "raas") || has_prefix(policy, "random")));
+              (std::string(pin) == "default" &&
+               (has_prefix(policy, "raas") || has_prefix(policy, "kindred") || has_prefix(policy, "random")));
           const std::size_t sinks = has_prefix(policy, "streaming_llm") ? (4 + page_size - 1) / page_size : 0;
           const auto check = [&] {
             const CacheStats stats = cache.stats();
@@ -186,7 +187,7 @@ TEST(BudgetOfLongPrompts, EvictorsThatDoNotPinEvictInsideTheChunk) {
 // ---------------------------------------------------------------------------------------------------- prompt overflow
 
 TEST(PromptOverflows, ErrorRefusesTheChunkAndChangesNothing) {
-  for (const char* policy : {"raas", "random", "raas+quest"}) {
+  for (const char* policy : {"raas", "kindred", "random", "raas+quest"}) {
     SCOPED_TRACE(policy);
     const CacheConfig config = config_of(4, 5);
     const Rows rows(60, config, 2);
@@ -282,7 +283,7 @@ TEST(PromptOverflows, UnpinMiddleGivesUpThePromptFromTheMiddleOutwards) {
 }
 
 TEST(PromptOverflows, UnpinMiddleKeepsTheFirstPageToTheLastAndTheBudgetAlways) {
-  for (const char* policy : {"raas", "random", "raas+quest"}) {
+  for (const char* policy : {"raas", "kindred", "random", "raas+quest"}) {
     CacheConfig config = config_of(4, 2);
     config.read_budget_tokens = 4;
     config.prompt_overflow = PromptOverflow::unpin_middle;
@@ -400,7 +401,8 @@ TEST(Configuration, OptionsOfACompositionsPartsAreCheckedToo) {
 
 TEST(Configuration, AnUnknownPolicyIsRefusedWithTheKnownNames) {
   const std::string sentence = refusal("snail", config_of(4, 5));
-  EXPECT_EQ(sentence.find("unknown policy snail; known are dense, streaming_llm, h2o, quest, raas, random"), 0U)
+  EXPECT_EQ(sentence.find("unknown policy snail; known are dense, streaming_llm, h2o, quest, raas, kindred, random"),
+            0U)
       << sentence;
   EXPECT_NE(sentence.find("raas+quest"), std::string::npos);
   EXPECT_THROW(static_cast<void>(scalar_type("f64")), ConfigError);

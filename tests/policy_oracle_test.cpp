@@ -189,6 +189,19 @@ std::vector<PolicyCase> policy_cases() {
          s.quest_bound = true;
          s.rank = true;
        }},
+      {"Kindred", "kindred", {}},
+      {"KindredWithoutPins", "kindred", {{"pin_prompt", "false"}}, pin(false)},
+      {"KindredOfYoungMilestones", "kindred", {{"window", "2"}}, [](NaiveSettings& s) { s.window = 2; }},
+      {"KindredOfMuchPatienceAndNoCaution",
+       "kindred",
+       {{"window", "3"}, {"caution", "0"}, {"patience", "1000"}, {"alpha", "0.05"}, {"pin_prompt", "false"}},
+       [](NaiveSettings& s) {
+         s.window = 3;
+         s.caution = 0;
+         s.patience = 1000;
+         s.alpha = 0.05;
+         s.pin_prompt = false;
+       }},
       {"Random", "random", {}},
       {"RandomOfSeedSevenWithoutPins", "random", {{"pin_prompt", "false"}, {"seed", "7"}}, pin(false), 7},
       {"RaasThenQuest", "raas+quest", {}},
@@ -201,6 +214,7 @@ std::vector<PolicyCase> policy_cases() {
        }},
       {"RaasByRankThenQuest", "raas+quest", {{"used", "rank"}}, [](NaiveSettings& s) { s.rank = true; }},
       {"RaasByBoundThenQuest", "raas+quest", {{"evidence", "quest_bound"}}, quest_bound},
+      {"KindredThenQuest", "kindred+quest", {{"window", "4"}}, [](NaiveSettings& s) { s.window = 4; }},
       {"H2oThenQuest", "h2o+quest", {}},
       {"H2oPinningThePromptThenQuest", "h2o+quest", {{"pin_prompt", "true"}}, pin(true)},
       {"StreamingLlmThenQuest", "streaming_llm+quest", {}},
@@ -210,7 +224,7 @@ std::vector<PolicyCase> policy_cases() {
 
 bool pins_prompt(const NaiveSettings& settings) {
   const std::string evictor = settings.policy.substr(0, settings.policy.find('+'));
-  return settings.pin_prompt.value_or(evictor == "raas" || evictor == "random");
+  return settings.pin_prompt.value_or(evictor == "raas" || evictor == "kindred" || evictor == "random");
 }
 
 bool pins_prompt(const PolicyCase& policy) {
@@ -369,10 +383,37 @@ TEST(PolicyOracleLongTraces, RaasFollowsTheOracleThroughManyEvictions) {
   tally.expect_mostly_compared();
 }
 
+TEST(PolicyOracleLongTraces, KindredFollowsTheOracleWhereMilestonesLookAlikeAndWhereTheyDoNot) {
+  Tally tally;
+  std::uint64_t seed = 20;
+  for (const int page_size : {1, 2, 4, 7}) {
+    for (const int head_dim : {24, 300}) {
+      const TraceShape shape{400, 2, 1, head_dim, 20};
+      for (const NaiveTrace& trace : {look_alike_trace(shape, seed), milestone_trace(shape, seed)}) {
+        for (const ScalarType scalar : {ScalarType::f32, ScalarType::bf16}) {
+          for (const char* caution : {"0", "0.5"}) {
+            SCOPED_TRACE("page size " + std::to_string(page_size) + ", head_dim " + std::to_string(head_dim));
+            Replay run{&trace, {}, {{"window", "12"}, {"caution", caution}}, scalar, 1e-4};
+            run.settings.policy = "kindred";
+            run.settings.page_size = page_size;
+            run.settings.budget = 80;
+            run.settings.window = 12;
+            run.settings.caution = std::stod(caution);
+            compare(run, tally);
+            if (HasFatalFailure()) return;
+          }
+        }
+      }
+      ++seed;
+    }
+  }
+  tally.expect_mostly_compared();
+}
+
 TEST(PolicyOracleLongTraces, LogitsInTheThousandsStayFiniteAndDecideAlike) {
   Tally tally;
   const NaiveTrace trace = huge_norm_trace({120, 4, 2, 40, 10}, 5);
-  for (const char* policy : {"raas", "h2o", "quest", "raas+quest", "streaming_llm"}) {
+  for (const char* policy : {"raas", "kindred", "h2o", "quest", "raas+quest", "streaming_llm"}) {
     Replay run{&trace, {}, {}};
     run.settings.policy = policy;
     run.settings.page_size = 3;
@@ -389,7 +430,8 @@ TEST(PolicyOracleLongTraces, LogitsInTheThousandsStayFiniteAndDecideAlike) {
 /// Feeding a prompt in chunks, its queries through attend_prompt, must come to the same as token by token whenever no
 /// page is evicted inside the prompt.
 TEST(Prompts, InChunksThroughAttendPromptDecideAsTokenByToken) {
-  for (const char* policy : {"raas", "h2o", "h2o+quest", "raas+quest", "streaming_llm", "random", "quest", "dense"}) {
+  for (const char* policy :
+       {"raas", "kindred", "h2o", "h2o+quest", "raas+quest", "streaming_llm", "random", "quest", "dense"}) {
     SCOPED_TRACE(policy);
     const NaiveTrace trace = milestone_trace({120, 4, 2, 40, 23}, 4);
     NaiveSettings settings;

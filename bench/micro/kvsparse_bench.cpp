@@ -137,6 +137,7 @@ int main(int argc, char** argv) {
   register_storage_types<kvsparse::H2o>();
   register_storage_types<kvsparse::Quest>();
   register_storage_types<kvsparse::Raas>();
+  register_storage_types<kvsparse::Kindred>();
   register_storage_types<kvsparse::Random>();
   register_storage_types<Compose<kvsparse::Raas, kvsparse::Quest>>();
   benchmark::RegisterBenchmark("bandwidth/dram_read", dram_read)->Unit(benchmark::kMillisecond)->UseRealTime();

@@ -62,7 +62,7 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
       ->check(file_name);
   app.add_option("--policy", policies,
                  "policies to replay, separated by commas: dense, streaming_llm, h2o, quest, "
-                 "raas, random, oracle, or a+b (a evicts, b selects)")
+                 "raas, kindred, random, oracle, or a+b (a evicts, b selects)")
       ->required();
   app.add_option("--budget", budgets,
                  "tokens a kv head may keep (quest, oracle: may read), one or several separated by commas; dense "

@@ -8,6 +8,7 @@
 #include "policy/compose.hpp"
 #include "policy/dense.hpp"
 #include "policy/h2o.hpp"
+#include "policy/kindred.hpp"
 #include "policy/oracle.hpp"
 #include "policy/quest.hpp"
 #include "policy/raas.hpp"

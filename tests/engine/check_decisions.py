@@ -25,6 +25,7 @@ CASES = [
     ("raas+quest", 160, 4, "f32", ["read_budget=32"]),
     ("raas", 160, 1, "bf16", ["preset=paper_v1"]),
     ("raas", 112, 16, "f32", ["pin_prompt=false"]),
+    ("kindred", 160, 4, "f32", []),
     ("h2o", 160, 1, "f16", ["pin_prompt=true"]),
     ("h2o+quest", 64, 4, "f32", ["read_budget=24"]),
     ("streaming_llm+quest", 64, 3, "f32", ["read_budget=24", "pool=query_head"]),

@@ -225,9 +225,11 @@ class Case:
         self.r = float(o.get("r", 0.5))
         self.rank = o.get("used") == "rank"
         self.by_bound = o.get("evidence") == "quest_bound"
+        self.window, self.patience = int(o.get("window", 24)), float(o.get("patience", 16))
+        self.caution = float(o.get("caution", 0.5))
         self.sinks = int(o.get("sinks", 4))
         pin = o.get("pin_prompt")
-        self.pin = evictor in ("raas", "random") if pin is None else pin == "true"
+        self.pin = evictor in ("raas", "kindred", "random") if pin is None else pin == "true"
         self.P = self.budget // self.page
         self.read_P = int(o.get("read_budget", self.budget)) // self.page
 
@@ -276,6 +278,10 @@ class Head:
         self.resident = np.zeros((self.tokens, self.tokens), np.uint8)
         self.read = np.zeros((self.tokens, self.tokens), np.uint8)
         self.margin = np.full(self.tokens, np.inf)
+        self.milestone = np.zeros(pages, bool)  # of Kindred, as are the four below
+        self.looks = self._looks(pages)
+        self.direction = np.zeros(self.looks.shape[1])
+        self.ordinary, self.late = [], []  # cosines with the direction
         self.evictions = 0
         self.picks = []  # (index among the candidates, how many) of Random
 
@@ -287,6 +293,17 @@ class Head:
             low[span] = np.minimum.accumulate(self.layer.k[span, self.kv], axis=0)
             high[span] = np.maximum.accumulate(self.layer.k[span, self.kv], axis=0)
         return low, high
+
+    def _looks(self, pages):
+        """Each page's summed value at length 1."""
+        v = self.layer.v[:, self.kv, :256]
+        sums = np.array([v[page * self.case.page : (page + 1) * self.case.page].sum(axis=0) for page in range(pages)])
+        return self._unit(sums)
+
+    @staticmethod
+    def _unit(x):
+        length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
+        return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
 
     def heads(self):
         return range(self.kv * self.layer.group, (self.kv + 1) * self.layer.group)
@@ -309,6 +326,8 @@ class Head:
                 self.alive[self.victim(t)] = False
                 self.evictions += 1
             self.alive[page] = True
+        if (t + 1) % self.case.page == 0 and self.direction.any():
+            self.ordinary.append(self.looks[page] @ self._unit(self.direction))
         pages = np.flatnonzero(self.alive)
         chosen = self.select(t, pages)
         past = np.arange(self.tokens) <= t
@@ -334,6 +353,8 @@ class Head:
         self.heavy[chosen] += together[chosen]
         if self.case.evictor == "raas" and t >= self.prompt:
             self.mark(t, page, pages, chosen, masses.max(axis=0), together)
+        if self.case.evictor == "kindred" and t >= self.prompt:
+            self.learn(t, chosen[~self.pinned[chosen]], masses.max(axis=0))
         return outs, shares
 
     def select(self, t, pages):
@@ -378,11 +399,56 @@ class Head:
                 # read alone has share 1 in any arithmetic: such ties are real.)
                 self.margin[t] = 0
             return out
+        if case.evictor == "kindred":
+            return self.kindred_victim(t, free)
         order = np.lexsort((free, self.last[free], self.stamp[free]))
         out = free[order[0]]
         rivals = free[self.stamp[free] == self.stamp[out]]
         self.margin[t] = min(self.margin[t], apart(self.last[[out]], self.last[rivals], self.noise))
         return out
+
+    def learn(self, t, free, mass):
+        """Kindred after a decode step."""
+        gap = np.abs(mass[free] - self.case.alpha) / np.maximum(np.maximum(mass[free], self.case.alpha), 1e-30)
+        self.margin[t] = min(self.margin[t], gap.min(initial=np.inf) / (1 + self.noise))
+        used = free[mass[free] > self.case.alpha]
+        self.stamp[used] = t
+        for page in used[(t - used * self.case.page >= self.case.window) & ~self.milestone[used]]:
+            self.milestone[page] = True
+            looks = self.looks[page]
+            if (page + 1) * self.case.page > t + 1:  # still filling
+                looks = self._unit(self.layer.v[page * self.case.page : t + 1, self.kv, :256].sum(axis=0))
+            if self.direction.any():
+                self.late.append(looks @ self._unit(self.direction))
+            self.direction = self.direction + mass[page] * looks
+
+    def kindred_victim(self, t, free):
+        """Scores by the formula; `error` is how far a score moves when cosines are off by 1."""
+        silence = np.log(t - self.stamp[free])
+        if len(self.ordinary) < 2 or not self.late:
+            return free[np.argmin(-silence)]
+        weights, late_weights = (0.98 ** np.arange(len(x))[::-1] for x in (self.ordinary, self.late))
+        mean, late = np.average(self.ordinary, weights=weights), np.average(self.late, weights=late_weights)
+        spread = max(1e-6, math.sqrt(np.average((np.array(self.ordinary) - mean) ** 2, weights=weights)))
+        gap = (late - mean) / spread
+        sure = gap - self.case.caution / math.sqrt(late_weights.sum())
+        self.margin[t] = min(self.margin[t], abs(sure) * spread / (2 + abs(gap)) / (1 + self.noise))
+        if sure <= 0:
+            return free[np.argmin(-silence)]
+        trust = min(1.0, sure) ** 2
+        above = (self.looks[free] @ self._unit(self.direction) - mean) / spread
+        likeness = np.clip(2 * above / gap, 0, 1)
+        score = trust * likeness * math.log(self.case.patience) - silence
+        moves = (likeness > 0) & (likeness < 1)
+        error = trust * moves * (2 * (2 + np.abs(above)) + likeness * (2 + gap)) / gap / spread
+        error += likeness * (2 * sure * (2 + gap) / spread if sure < 1 else 0)
+        error *= math.log(self.case.patience)
+        at = np.argmin(score)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            close = (score - score[at]) / (error + error[at]) / (1 + self.noise)
+        close = close[(score != score[at]) & (error + error[at] > 0)]
+        self.margin[t] = min(self.margin[t], close.min(initial=np.inf))
+        return free[at]
 
     def mark(self, t, page, pages, chosen, largest, together):
         case = self.case
@@ -670,6 +736,8 @@ def variants(read_budget):
     yield "raas", {"evidence": "quest_bound", "used": "rank"}
     yield "raas", {"preset": "paper_v1"}
     yield "raas", {"preset": "paper_v2"}
+    yield "kindred", {"window": "6"}
+    yield "kindred", {"window": "3", "caution": "0", "patience": "200", "alpha": "0.05", "pin_prompt": "false"}
     yield "random", {}
     yield "streaming_llm+quest", {"read_budget": read_budget}
     yield "h2o+quest", {"read_budget": read_budget}
@@ -679,6 +747,7 @@ def variants(read_budget):
     yield "raas+quest", {"read_budget": read_budget, "used": "rank"}
     yield "raas+quest", {"read_budget": read_budget, "evidence": "quest_bound", "alpha": "0.05"}
     yield "raas+quest", {"read_budget": read_budget, "evidence": "quest_bound", "used": "rank"}
+    yield "kindred+quest", {"read_budget": read_budget, "window": "6"}
     yield "random+quest", {"read_budget": read_budget}
 
 
@@ -734,7 +803,7 @@ def below_the_budget(checker):
     reference = checker.run_case(trace, Case("dense", 16, 96))
     if reference is None:
         return
-    for policy in ("streaming_llm", "h2o", "quest", "raas", "random", "raas+quest", "h2o+quest"):
+    for policy in ("streaming_llm", "h2o", "quest", "raas", "kindred", "random", "raas+quest", "h2o+quest"):
         other = checker.run_case(trace, Case(policy, 16, 96))
         if other is not None:
             same = other[1]["out"].tobytes() == reference[1]["out"].tobytes()
@@ -821,7 +890,8 @@ def many_at_once(checker):
 
 # ---- what must be refused --------------------------------------------------------------------------------------------
 
-SET_KEYS = ("used", "r", "alpha", "evidence", "pin_prompt", "sinks", "read_budget", "seed", "preset")
+SET_KEYS = ("used", "r", "alpha", "evidence", "window", "patience", "caution", "pin_prompt", "sinks", "read_budget",
+            "seed", "preset")
 
 
 def refused(checker, what, arguments, must_name=(), timeout=30):
@@ -928,6 +998,8 @@ def refusals(checker):
     options("--set evidence with an unknown word", "--set", "evidence=hearsay")
     options("--set preset with an unknown word", "--set", "preset=paper_v9")
     options("--set pin_prompt with an unknown word", "--set", "pin_prompt=perhaps")
+    options("--set patience below 1", "--set", "patience=0.5", policy="kindred", names=("patience", "0.500000"))
+    options("--set window with a word", "--set", "window=soon", policy="kindred")
     options("--set sinks with a word", "--set", "sinks=few", policy="streaming_llm")
     options("--set seed with a word", "--set", "seed=x", policy="random")
     options("budget 0", budget="0")
@@ -941,6 +1013,7 @@ def refusals(checker):
     options("P smaller than the prompt's pages plus one", budget="20")
     options("the same for random", budget="20", policy="random")
     options("the same for h2o with pin_prompt", "--set", "pin_prompt=true", budget="20", policy="h2o")
+    options("the same for kindred", budget="20", policy="kindred")
     options("the same in a composition", budget="20", policy="raas+quest")
     options("the same at one budget of a list", budget="48,20")
     options("P smaller than the sinks' pages plus one", budget="4", policy="streaming_llm")

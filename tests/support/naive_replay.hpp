@@ -37,17 +37,20 @@ struct NaiveTrace {
 };
 
 struct NaiveSettings {
-  // dense, streaming_llm, h2o, quest, raas, random, or EVICTOR+quest
+  // dense, streaming_llm, h2o, quest, raas, kindred, random, or EVICTOR+quest
   std::string policy;
   int page_size = 16;
   int budget = 0;                  // dense ignores it; quest reads it
   std::optional<int> read_budget;  // of quest, alone or composed; absent: the budget
   int sinks = 4;                   // streaming_llm
-  std::optional<bool> pin_prompt;  // absent: on for raas and random, off for the others
-  double alpha = 0.01;             // raas
+  std::optional<bool> pin_prompt;  // absent: on for raas, kindred and random, off for the others
+  double alpha = 0.01;             // raas, kindred
   double r = 0.5;                  // raas under rank
   bool rank = false;               // raas: used = rank
   bool quest_bound = false;        // raas: evidence = quest_bound
+  int window = 24;                 // kindred
+  double patience = 16;            // kindred
+  double caution = 0.5;            // kindred
   // random: (kv head, evictions of this head so far, number of candidates) -> index into the candidates, which stand
   // in order of position. The library's hash is its own affair, so the test supplies it.
   std::function<std::size_t(int, int, std::size_t)> random_choice;
@@ -96,11 +99,15 @@ struct Page {
   long stamp = 0;
   double last_mass = 0;         // group-summed mass at the latest query that read this page
   double accumulated_mass = 0;  // group-summed mass of all queries that read this page
+  bool used_late = false;       // kindred: a milestone
 };
 
 struct Head {
   std::vector<Page> pages;  // in order of position; the last one is the open page
   int evictions = 0;
+  // Kindred, all of it since the beginning: the sum of the milestones' looks times mass, and the cosines with it.
+  std::vector<double> direction;
+  std::vector<double> page_cosines, milestone_cosines;
   double noise = 0;          // largest sum |q_i k_i| / sqrt(d) that evidence was computed from so far
   double margin = infinity;  // of the current step
 };
@@ -161,7 +168,7 @@ inline Plan make_plan(const NaiveTrace& trace, const NaiveSettings& settings) {
     plan.evictor = settings.policy;
   }
   const bool known = plan.evictor == "dense" || plan.evictor == "streaming_llm" || plan.evictor == "h2o" ||
-                     plan.evictor == "raas" || plan.evictor == "random";
+                     plan.evictor == "raas" || plan.evictor == "kindred" || plan.evictor == "random";
   require(known, "unknown policy");
   require(plan.evictor != "random" || settings.random_choice != nullptr, "random needs random_choice");
 
@@ -171,7 +178,7 @@ inline Plan make_plan(const NaiveTrace& trace, const NaiveSettings& settings) {
     require(plan.read_pages >= 1, "the read budget must hold the open page");
   }
   if (plan.evictor != "dense") {
-    const bool pin_by_default = plan.evictor == "raas" || plan.evictor == "random";
+    const bool pin_by_default = plan.evictor == "raas" || plan.evictor == "kindred" || plan.evictor == "random";
     if (settings.pin_prompt.value_or(pin_by_default)) {
       plan.prompt_pages = pages_for(trace.prompt_tokens, settings.page_size);
     }
@@ -197,10 +204,110 @@ inline void note_threshold(Head& head, double value, double alpha) {
   head.margin = std::min(head.margin, mass_gap(value, alpha) / (1 + head.noise));
 }
 
+// ---- kindred: what milestones look like -----------------------------------------------------------------------------
+
+inline double length_of(const std::vector<double>& x) {
+  double square = 0;
+  for (const double element : x) square += element * element;
+  return std::sqrt(square);
+}
+
+// Sum of the page's values, at most 256 channels of it, at length 1; zeros if it has no length.
+inline std::vector<double> looks_of(const NaiveTrace& trace, const Page& page, int head_index) {
+  std::vector<double> looks;
+  for (int i = 0; i < std::min(trace.head_dim, 256); ++i) {
+    double sum = 0;
+    for (const int position : page.positions) {
+      sum += static_cast<double>(row(stored_values(trace), trace.kv_heads, trace.head_dim, position, head_index)[i]);
+    }
+    looks.push_back(sum);
+  }
+  const double length = length_of(looks);
+  for (double& x : looks) x = length > 0 ? x / length : 0;
+  return looks;
+}
+
+inline double cosine(const std::vector<double>& direction, const std::vector<double>& looks) {
+  double product = 0;
+  for (std::size_t i = 0; i < looks.size(); ++i) product += direction[i] * looks[i];
+  const double length = length_of(direction);
+  return length > 0 ? product / length : 0;
+}
+
+// The newest cosine weighs 1, each older one 0.98 of the next.
+struct Spread {
+  double weight = 0;
+  double mean = 0;
+  double deviation = 0;
+};
+
+inline Spread spread_of(const std::vector<double>& cosines) {
+  Spread spread;
+  for (std::size_t i = 0; i < cosines.size(); ++i) {
+    const double weight = std::pow(0.98, static_cast<double>(cosines.size() - 1 - i));
+    spread.weight += weight;
+    spread.mean += weight * cosines[i];
+  }
+  if (cosines.empty()) return spread;
+  spread.mean /= spread.weight;
+  for (std::size_t i = 0; i < cosines.size(); ++i) {
+    const double weight = std::pow(0.98, static_cast<double>(cosines.size() - 1 - i));
+    spread.deviation += weight * (cosines[i] - spread.mean) * (cosines[i] - spread.mean);
+  }
+  spread.deviation = std::sqrt(spread.deviation / spread.weight);
+  return spread;
+}
+
+inline std::size_t kindred_victim(Head& head, int head_index, int t, const std::vector<std::size_t>& candidates,
+                                  const NaiveTrace& trace, const NaiveSettings& settings) {
+  const Spread pages = spread_of(head.page_cosines);
+  const Spread milestones = spread_of(head.milestone_cosines);
+  const double deviation = std::max(1e-6, pages.deviation);
+  // By how much a score moves when every cosine is off by 1, to first order: what a near-tie is measured in.
+  const double off = 1 / deviation;
+  double gap = 0;
+  double trust = 0;
+  double trust_off = 0;
+  if (head.page_cosines.size() >= 2 && !head.milestone_cosines.empty()) {
+    gap = (milestones.mean - pages.mean) / deviation;
+    const double sure = gap - settings.caution / std::sqrt(milestones.weight);
+    trust = std::pow(std::clamp(sure, 0.0, 1.0), 2);
+    trust_off = sure > 0 && sure < 1 ? 2 * sure * (2 + std::abs(gap)) * off : 0;
+    head.margin = std::min(head.margin, std::abs(sure) / ((2 + std::abs(gap)) * off) / (1 + head.noise));
+  }
+
+  const double bonus = std::log(settings.patience);
+  std::vector<double> scores, offs;
+  for (const std::size_t i : candidates) {
+    const Page& page = head.pages[i];
+    double likeness = 0;
+    double likeness_off = 0;
+    if (trust > 0) {
+      const double above = (cosine(head.direction, looks_of(trace, page, head_index)) - pages.mean) / deviation;
+      likeness = std::clamp(2 * above / gap, 0.0, 1.0);
+      if (likeness > 0 && likeness < 1) {
+        likeness_off = 2 * (2 + std::abs(above)) * off / gap + likeness * (2 + gap) * off / gap;
+      }
+    }
+    scores.push_back(bonus * trust * likeness - std::log(static_cast<double>(t) - static_cast<double>(page.stamp)));
+    offs.push_back(bonus * (trust_off * likeness + trust * likeness_off));
+  }
+  std::size_t lowest = 0;
+  for (std::size_t i = 1; i < scores.size(); ++i) {
+    if (scores[i] < scores[lowest]) lowest = i;
+  }
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] == scores[lowest] || offs[i] + offs[lowest] == 0) continue;
+    head.margin = std::min(head.margin, (scores[i] - scores[lowest]) / (offs[i] + offs[lowest]) / (1 + head.noise));
+  }
+  return candidates[lowest];
+}
+
 // ---- 1. append ------------------------------------------------------------------------------------------------------
 
 // Index of the page that is given up. All resident pages are full here: the page about to open does not exist yet.
-inline std::size_t choose_victim(Head& head, int head_index, const Plan& plan, const NaiveSettings& settings) {
+inline std::size_t choose_victim(Head& head, int head_index, int t, const NaiveTrace& trace, const Plan& plan,
+                                 const NaiveSettings& settings) {
   std::vector<std::size_t> candidates;
   for (std::size_t i = 0; i < head.pages.size(); ++i) {
     if (!head.pages[i].pinned) candidates.push_back(i);
@@ -232,6 +339,8 @@ inline std::size_t choose_victim(Head& head, int head_index, const Plan& plan, c
     return victim;
   }
 
+  if (plan.evictor == "kindred") return kindred_victim(head, head_index, t, candidates, trace, settings);
+
   // raas
   std::size_t victim = candidates.front();
   for (const std::size_t i : candidates) {
@@ -253,7 +362,7 @@ inline int append(Head& head, int head_index, int t, const NaiveTrace& trace, co
   int evicted = -1;
   if (t % settings.page_size == 0) {
     if (plan.evictor != "dense" && static_cast<int>(head.pages.size()) == plan.budget_pages) {
-      const std::size_t victim = choose_victim(head, head_index, plan, settings);
+      const std::size_t victim = choose_victim(head, head_index, t, trace, plan, settings);
       evicted = head.pages[victim].positions.front();
       head.pages.erase(head.pages.begin() + static_cast<std::ptrdiff_t>(victim));
       ++head.evictions;
@@ -265,6 +374,10 @@ inline int append(Head& head, int head_index, int t, const NaiveTrace& trace, co
     head.pages.push_back(page);
   }
   head.pages.back().positions.push_back(t);
+  const bool full = static_cast<int>(head.pages.back().positions.size()) == settings.page_size;
+  if (full && length_of(head.direction) > 0) {
+    head.page_cosines.push_back(cosine(head.direction, looks_of(trace, head.pages.back(), head_index)));
+  }
   return evicted;
 }
 
@@ -442,6 +555,24 @@ inline void stamp_pages(Head& head, std::vector<Evidence>& evidence, int head_in
   }
 }
 
+// Kindred after a decode step: who was used, and who for the first time late?
+inline void learn_milestones(Head& head, const std::vector<Evidence>& evidence, int head_index, int t,
+                             const NaiveTrace& trace, const NaiveSettings& settings) {
+  for (std::size_t p = 0; p < head.pages.size(); ++p) {
+    Page& page = head.pages[p];
+    if (page.pinned || !evidence[p].read) continue;
+    note_threshold(head, evidence[p].largest_mass, settings.alpha);
+    if (!(evidence[p].largest_mass > settings.alpha)) continue;
+    page.stamp = t;
+    if (page.used_late || t - page.positions.front() < settings.window) continue;
+    page.used_late = true;
+    const std::vector<double> looks = looks_of(trace, page, head_index);
+    if (length_of(head.direction) > 0) head.milestone_cosines.push_back(cosine(head.direction, looks));
+    head.direction.resize(looks.size());
+    for (std::size_t i = 0; i < looks.size(); ++i) head.direction[i] += evidence[p].largest_mass * looks[i];
+  }
+}
+
 inline void observe(Head& head, std::vector<Evidence>& evidence, int head_index, int t, const NaiveTrace& trace,
                     const Plan& plan, const NaiveSettings& settings) {
   for (std::size_t p = 0; p < head.pages.size(); ++p) {
@@ -451,6 +582,9 @@ inline void observe(Head& head, std::vector<Evidence>& evidence, int head_index,
   }
   if (plan.evictor == "raas" && t >= trace.prompt_tokens) {
     stamp_pages(head, evidence, head_index, t, trace, settings);
+  }
+  if (plan.evictor == "kindred" && t >= trace.prompt_tokens) {
+    learn_milestones(head, evidence, head_index, t, trace, settings);
   }
 }
 

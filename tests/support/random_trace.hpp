@@ -140,6 +140,23 @@ inline NaiveTrace milestone_trace(const TraceShape& shape, std::uint64_t seed, d
   return trace;
 }
 
+// A milestone_trace whose milestones look alike: what Kindred is about. In each kv head the values of tokens with a
+// planted key, which are the long ones, lean in one direction.
+inline NaiveTrace look_alike_trace(const TraceShape& shape, std::uint64_t seed, double strength = 6) {
+  NaiveTrace trace = milestone_trace(shape, seed);
+  TestRng rng(seed ^ 0x6B696E64ULL);
+  for (int h = 0; h < shape.kv_heads; ++h) {
+    const std::vector<double> u = random_trace::direction(rng, shape.head_dim);
+    for (int t = 0; t < shape.tokens; ++t) {
+      const std::size_t first = random_trace::flat(shape.kv_heads, shape.head_dim, t, h);
+      double square = 0;
+      for (std::size_t i = first; i < first + u.size(); ++i) square += std::pow(static_cast<double>(trace.k[i]), 2);
+      if (square > 1.5 * shape.head_dim) random_trace::add(&trace.v[first], u, strength);
+    }
+  }
+  return trace;
+}
+
 struct TieOptions {
   // key[t] = key[t - key_period]. A multiple of the page size makes whole pages equal. 0: all keys differ.
   int key_period = 0;

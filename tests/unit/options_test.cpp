@@ -3,12 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "kvsparse/policy/compose.hpp"
 #include "kvsparse/policy/dense.hpp"
 #include "kvsparse/policy/h2o.hpp"
+#include "kvsparse/policy/kindred.hpp"
 #include "kvsparse/policy/quest.hpp"
 #include "kvsparse/policy/raas.hpp"
 #include "kvsparse/policy/random.hpp"
@@ -35,6 +37,7 @@ TEST(Options, EveryPolicyListsItsKeys) {
   EXPECT_EQ(option_keys<H2o>(), Keys{"pin_prompt"});
   EXPECT_EQ(option_keys<Quest>(), Keys{"pool"});
   EXPECT_EQ(option_keys<Raas>(), (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "preset"}));
+  EXPECT_EQ(option_keys<Kindred>(), (Keys{"alpha", "window", "patience", "caution", "pin_prompt"}));
   EXPECT_EQ(option_keys<Random>(), (Keys{"seed", "pin_prompt"}));
   EXPECT_EQ((option_keys<Compose<Raas, Quest>>()),
             (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "pool", "preset"}));
@@ -51,6 +54,12 @@ TEST(Options, DefaultsAreThoseOfTheDefinitions) {
   EXPECT_EQ(raas.options.r, 0.5);
   EXPECT_EQ(raas.options.used, Raas::Used::alpha);
   EXPECT_EQ(raas.options.evidence, Raas::Evidenced::exact_mass);
+  const Kindred kindred;
+  EXPECT_TRUE(kindred.options.pin_prompt);
+  EXPECT_EQ(kindred.options.alpha, 0.01);
+  EXPECT_EQ(kindred.options.window, 24U);
+  EXPECT_EQ(kindred.options.patience, 16.0);
+  EXPECT_EQ(kindred.options.caution, 0.5);
 }
 
 TEST(Options, NumbersTruthValuesAndNamesAreParsed) {
@@ -134,6 +143,20 @@ TEST(Options, ValuesOutOfRangeHaveASentence) {
   raas.options.r = -0.5;
   EXPECT_EQ(traits::options_problem(raas), "r = -0.500000 is not in [0, 1]");
   EXPECT_EQ(traits::options_problem(Dense{}), "");
+  const auto problem = [](const char* key, const char* value) {
+    Kindred kindred;
+    EXPECT_TRUE(set_option(kindred, {key, value}));
+    return traits::options_problem(kindred);
+  };
+  EXPECT_EQ(traits::options_problem(Kindred{}), "");
+  EXPECT_EQ(problem("alpha", "-1"), "alpha = -1.000000 is not in [0, 1]");
+  EXPECT_EQ(problem("patience", "0.5"), "patience = 0.500000 is not in [1, 1e6]");
+  EXPECT_EQ(problem("patience", "1e7"), "patience = 10000000.000000 is not in [1, 1e6]");
+  EXPECT_EQ(problem("caution", "-0.5"), "caution = -0.500000 is not in [0, 1e6]");
+  EXPECT_EQ(problem("patience", "1") + problem("caution", "0") + problem("alpha", "0") + problem("window", "0"), "");
+  Kindred unknown;
+  unknown.options.patience = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_NE(traits::options_problem(unknown), "");
 }
 
 }  // namespace

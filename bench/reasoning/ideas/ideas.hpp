@@ -5,7 +5,6 @@
 #include <kvsparse/cache/any_cache.hpp>
 
 #include "decayed_mass.hpp"
-#include "kindred.hpp"
 #include "late_mass.hpp"
 #include "late_use.hpp"
 #include "odd_key.hpp"
@@ -17,6 +16,6 @@
 namespace kvsparse_tools::ideas {
 
 using Ideas = kvsparse::PolicyList<DecayedMass, Recurrence, SegmentedLru, LateUse, LateMass, SharpestToken,
-                                   ValueWeighted, OddKey, Kindred>;
+                                   ValueWeighted, OddKey>;
 
 }  // namespace kvsparse_tools::ideas

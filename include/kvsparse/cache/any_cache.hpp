@@ -13,6 +13,7 @@
 
 #include "../policy/dense.hpp"
 #include "../policy/h2o.hpp"
+#include "../policy/kindred.hpp"
 #include "../policy/options.hpp"
 #include "../policy/oracle.hpp"
 #include "../policy/quest.hpp"
@@ -27,7 +28,7 @@ template <class... Policies>
 struct PolicyList {};
 
 /// The name table: a new policy is one more name here. "a+b" composes every evictor a with every selector b of it.
-using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Random, Oracle>;
+using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Kindred, Random, Oracle>;
 
 namespace detail {
 
