@@ -90,7 +90,7 @@ inline Experiment long_chains() {
 
 /// Rules that might do better than RaaS where gaps are long. `names` are those of bench/reasoning/ideas.
 inline Experiment ideas(const Texts& names) {
-  Texts policies{"dense", "quest", "raas", "h2o:pin_prompt=true", "random"};
+  Texts policies{"dense", "quest", "raas", "kindred", "h2o:pin_prompt=true", "random"};
   policies.insert(policies.end(), names.begin(), names.end());
   const Texts pages_compared{"raas", "kindred"};
   return {"ideas",
