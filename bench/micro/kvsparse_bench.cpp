@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmarks of one layer, one thread: decode_step, append, select, and the read bandwidth to hold them against.
+// Microbenchmarks of one layer, one thread: decode_step, append, select, and the machine's limits to hold them against.
+// bench/README.md says how to choose among them and how to read them.
 #include <benchmark/benchmark.h>
 
-#include <fstream>
+#include <algorithm>
+#include <array>
 #include <iostream>
 #include <kvsparse/kvsparse.hpp>
 #include <memory>
 #include <string>
 
-#include "build_info.hpp"
-#include "read_bandwidth.hpp"
+#include "context.hpp"
+#include "machine_limits.hpp"
 #include "workload.hpp"
 
 namespace kvsparse_bench {
@@ -19,24 +21,41 @@ using kvsparse::Bfloat16;
 using kvsparse::Compose;
 using kvsparse::Half;
 
-double dram_bandwidth = 0.0;  // bytes per second, measured once at the start of this process
+CacheSizes caches;
+MachineLimits limits;  // of one thread, measured once at the start of this process
 
-/// Times `body` alone, rewinding the layer (untimed) whenever it has drifted 1 % beyond its N.
+/// What one benchmark decodes: N tokens seen, L tokens of budget.
+struct Case {
+  kvsparse::Geometry shape = layer_shape;
+  std::size_t tokens = 0;
+  std::size_t budget = 1024;
+
+  std::string name() const {
+    return "/N:" + std::to_string(tokens) + "/L:" + std::to_string(budget) + "/group:" + std::to_string(shape.group()) +
+           "/head_dim:" + std::to_string(shape.head_dim);
+  }
+};
+
+/// Times `body` alone, rewinding the layer (untimed) whenever what it holds has grown 1 % beyond its N.
 template <class Policy, class Scalar, class Body>
-void time_steps(benchmark::State& state, std::size_t tokens, std::size_t budget, Body&& body) {
+void time_steps(benchmark::State& state, const Case& of, Body&& body) {
   using L = Layer<Policy, Scalar>;
-  auto layer = std::make_unique<L>(tokens, budget);
-  const std::size_t drift = std::max<std::size_t>(1, tokens / 100);
+  auto layer = std::make_unique<L>(of.shape, of.tokens, of.budget);
+  const std::size_t drift = L::drift(of.tokens);
+  const bool grows = !kvsparse::Evictor<Policy> || of.tokens < of.budget;
   // A copy to rewind to. Dense layers of 64k tokens would be large, and never drift so far within a measurement.
-  const bool is_small = kvsparse::Evictor<Policy> || tokens <= 16384;
-  const std::unique_ptr<const L> start = is_small ? std::make_unique<const L>(*layer) : nullptr;
+  const std::unique_ptr<const L> start = grows && of.tokens <= 16384 ? std::make_unique<const L>(*layer) : nullptr;
   std::size_t steps = 0;
   layer->step();  // warms the code and, where it fits, the data
   ++steps;
   for (auto _ : state) {
-    if (steps == drift) {
+    if (grows && steps == drift) {
       state.PauseTiming();
-      layer = start ? std::make_unique<L>(*start) : std::make_unique<L>(tokens, budget);
+      if (start) {
+        layer = std::make_unique<L>(*start);
+      } else {
+        layer->rewind();
+      }
       layer->step();
       steps = 1;
       state.ResumeTiming();
@@ -47,63 +66,93 @@ void time_steps(benchmark::State& state, std::size_t tokens, std::size_t budget,
   state.counters["resident_bytes"] = static_cast<double>(layer->cache().stats().resident_bytes);
   layer->attend();
   state.counters["kv_bytes_read"] = layer->kv_bytes_read();
+  state.counters["flops"] = layer->flops();
 }
 
+/// Counter roofline: the share of max(bytes / bandwidth, flops / FMA peak) that the step reaches, the bandwidth being
+/// that of the cache level in which the keys and values it reads fit.
 template <class Policy, class Scalar>
-void decode_step(benchmark::State& state, std::size_t tokens, std::size_t budget) {
-  time_steps<Policy, Scalar>(state, tokens, budget, [](auto& layer) { layer.step(); });
+void decode_step(benchmark::State& state, const Case& of) {
+  time_steps<Policy, Scalar>(state, of, [](auto& layer) { layer.step(); });
   using benchmark::Counter;
   const double bytes = state.counters["kv_bytes_read"];
+  const Roofline bound = roofline(limits, caches, bytes, state.counters["flops"]);
   state.counters["kv_bytes_per_second"] = Counter(bytes, Counter::kIsIterationInvariantRate);
-  state.counters["of_dram_bandwidth"] = Counter(bytes / dram_bandwidth, Counter::kIsIterationInvariantRate);
+  state.counters["roofline"] = Counter(bound.seconds, Counter::kIsIterationInvariantRate);
+  state.SetLabel(bound.is_memory_bound ? std::string("memory, ") + name_of(bound.level) : "arithmetic");
 }
 
 template <class Policy, class Scalar>
-void append(benchmark::State& state, std::size_t tokens, std::size_t budget) {
-  time_steps<Policy, Scalar>(state, tokens, budget, [](auto& layer) { layer.append(); });
+void append(benchmark::State& state, const Case& of) {
+  time_steps<Policy, Scalar>(state, of, [](auto& layer) { layer.append(); });
 }
 
 /// Choosing the pages of all kv heads, without reading them.
 template <class Policy, class Scalar>
-void select(benchmark::State& state, std::size_t tokens, std::size_t budget) {
-  Layer<Policy, Scalar> layer(tokens, budget);
+void select(benchmark::State& state, const Case& of) {
+  Layer<Policy, Scalar> layer(of.shape, of.tokens, of.budget);
   auto& cache = layer.cache();
   layer.attend();
   for (auto _ : state) {
-    for (std::size_t head = 0; head < layer_shape.kv_heads; ++head) {
+    for (std::size_t head = 0; head < of.shape.kv_heads; ++head) {
       cache.begin_query(head, cache.next_position());
       benchmark::DoNotOptimize(cache.select(head, layer.queries(head)).data());
     }
   }
-  const std::size_t pages = layer_shape.pages_for(tokens) * layer_shape.kv_heads;
+  const std::size_t pages = of.shape.pages_for(of.tokens) * of.shape.kv_heads;
   state.counters["pages_scored_per_second"] =
       benchmark::Counter(static_cast<double>(pages), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["summary_bytes"] = static_cast<double>(
-      pages * kvsparse::PageSummaries<Scalar>::bytes_per_page(layer_shape, kvsparse::traits::page_summary(Policy{})));
+      pages * kvsparse::PageSummaries<Scalar>::bytes_per_page(of.shape, kvsparse::traits::page_summary(Policy{})));
 }
 
-void dram_read(benchmark::State& state) {
-  const ReadBuffer buffer(std::size_t{512} << 20);
-  for (auto _ : state) benchmark::DoNotOptimize(buffer.read());
-  state.SetBytesProcessed(static_cast<std::int64_t>(buffer.bytes()) * state.iterations());
+template <MemoryLevel Level>
+void bandwidth(benchmark::State& state) {
+  LimitProbe probe(caches, 1);
+  double sum = 0.0;
+  for (auto _ : state) sum += probe.read_bandwidth(Level, 1);
+  state.counters["bytes_per_second"] = benchmark::Counter(sum, benchmark::Counter::kAvgIterations);
 }
 
-constexpr std::size_t budget_tokens = 1024;
+/// The shape, budget and lengths that README's figures refer to. Everything else is run only when a filter names it.
+bool is_usual(const Case& of) {
+  return of.shape.group() == layer_shape.group() && of.shape.head_dim == layer_shape.head_dim && of.budget == 1024;
+}
+
+bool only_usual = false;
+
+template <class Policy>
+std::vector<Case> cases() {
+  std::vector<Case> cases;
+  for (const std::size_t group : {1U, 2U, 4U, 8U}) {
+    for (const std::size_t head_dim : {64U, 80U, 96U, 128U, 256U}) {
+      for (const std::size_t budget : {256U, 1024U, 4096U}) {
+        for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
+          Case of{layer_shape, tokens, budget};
+          of.shape.query_heads = of.shape.kv_heads * group;
+          of.shape.head_dim = head_dim;
+          const bool has_budget = kvsparse::Evictor<Policy> || kvsparse::Selector<Policy>;
+          if ((has_budget || of.budget == 1024) && (!only_usual || is_usual(of))) cases.push_back(of);
+        }
+      }
+    }
+  }
+  return cases;
+}
 
 template <class Policy, class Scalar>
 void register_benchmarks() {
   const std::string what = std::string(Policy::name) + "/" + std::string(kvsparse::scalar_name<Scalar>);
-  const auto add = [&](const std::string& kind, std::size_t tokens, auto run) {
-    const std::string name = kind + "/" + what + "/N:" + std::to_string(tokens) + "/L:" + std::to_string(budget_tokens);
-    benchmark::RegisterBenchmark(name.c_str(), run, tokens, budget_tokens)->Unit(benchmark::kMicrosecond);
-  };
-  for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
-    add("decode_step", tokens, decode_step<Policy, Scalar>);
+  for (const Case& of : cases<Policy>()) {
+    const auto add = [&](const std::string& kind, auto run) {
+      benchmark::RegisterBenchmark((kind + "/" + what + of.name()).c_str(), run, of)->Unit(benchmark::kMicrosecond);
+    };
+    add("decode_step", decode_step<Policy, Scalar>);
     if constexpr (kvsparse::Selector<Policy>) {
-      if (tokens > budget_tokens) add("select", tokens, select<Policy, Scalar>);
+      if (of.tokens > of.budget) add("select", select<Policy, Scalar>);
     }
+    if (of.tokens == 4096) add("append", append<Policy, Scalar>);
   }
-  add("append", 4096, append<Policy, Scalar>);
 }
 
 template <class Policy>
@@ -111,14 +160,6 @@ void register_storage_types() {
   register_benchmarks<Policy, float>();
   register_benchmarks<Policy, Half>();
   register_benchmarks<Policy, Bfloat16>();
-}
-
-std::string processor() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
 }
 
 }  // namespace
@@ -130,8 +171,16 @@ int main(int argc, char** argv) {
   std::cerr << "kvsparse_bench: this is a debug build, whose times mean nothing; build with the preset 'release'\n";
   return 2;
 #endif
+  const std::string command = command_line(argc, argv);
+  only_usual = std::none_of(argv + 1, argv + argc, [](const char* argument) {
+    return std::string_view(argument).starts_with("--benchmark_filter");
+  });
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  if (only_usual) {
+    std::cerr << "kvsparse_bench: no --benchmark_filter, so only L:1024/group:4/head_dim:128 is run; "
+                 "--benchmark_filter=. --benchmark_list_tests=true lists all there is\n";
+  }
   register_storage_types<kvsparse::Dense>();
   register_storage_types<kvsparse::StreamingLlm>();
   register_storage_types<kvsparse::H2o>();
@@ -140,14 +189,22 @@ int main(int argc, char** argv) {
   register_storage_types<kvsparse::Kindred>();
   register_storage_types<kvsparse::Random>();
   register_storage_types<Compose<kvsparse::Raas, kvsparse::Quest>>();
-  benchmark::RegisterBenchmark("bandwidth/dram_read", dram_read)->Unit(benchmark::kMillisecond)->UseRealTime();
-  dram_bandwidth = measure_dram_bandwidth();
-  benchmark::AddCustomContext("processor", processor());
+  caches = cache_sizes();
+  benchmark::RegisterBenchmark("bandwidth/L2", bandwidth<MemoryLevel::l2>)->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("bandwidth/L3", bandwidth<MemoryLevel::l3>)->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("bandwidth/DRAM", bandwidth<MemoryLevel::dram>)->Unit(benchmark::kMillisecond);
+  limits = measure_limits(caches, 1);
+  benchmark::AddCustomContext("command", command);
+  benchmark::AddCustomContext("processor", processor_name());
   benchmark::AddCustomContext("compiler", build_info::compiler);
   benchmark::AddCustomContext("flags", build_info::flags);
   benchmark::AddCustomContext("commit", build_info::commit);
   benchmark::AddCustomContext("vector_lanes", std::to_string(kvsparse::simd::lanes));
-  benchmark::AddCustomContext("dram_read_bytes_per_second", std::to_string(dram_bandwidth));
+  for (const MemoryLevel level : memory_levels) {
+    benchmark::AddCustomContext(name_of(level) + std::string("_bytes_per_second"),
+                                std::to_string(limits.bandwidth[static_cast<std::size_t>(level)]));
+  }
+  benchmark::AddCustomContext("flops_per_second", std::to_string(limits.flops));
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   return 0;

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows for one layer of the geometry that every figure of the benches refers to, and a cache filled with them.
+// One layer that decodes random rows, and the geometry that every figure of the benches refers to unless it says other.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <kvsparse/kvsparse.hpp>
+#include <span>
+#include <stdexcept>
 #include <vector>
 
 namespace kvsparse_bench {
@@ -30,20 +34,30 @@ class Layer {
  public:
   using Cache = kvsparse::PagedKvCache<Policy, Scalar>;
 
+  /// Steps that a policy which keeps everything may take before its N is no longer the one it was asked for: 1 %.
+  static constexpr std::size_t drift(std::size_t tokens) { return std::max<std::size_t>(2, tokens / 100); }
+
+  Layer(const kvsparse::Geometry& shape, std::size_t tokens, std::size_t budget)
+      : tokens_(tokens),
+        budget_(budget),
+        cache_(config(shape, tokens, budget)),
+        k_(shape.kv_heads * shape.head_dim),
+        v_(k_.size()),
+        q_(shape.query_heads * shape.head_dim),
+        out_(q_.size()) {
+    rewind();
+  }
+
   /// Decodes `tokens` tokens under a budget of `budget`. The last 2 * budget are attended, so that the policy's
   /// evidence and the scatter of its pages are those of a running decode.
-  Layer(std::size_t tokens, std::size_t budget)
-      : cache_(config(tokens, budget)),
-        k_(layer_shape.kv_heads * layer_shape.head_dim),
-        v_(k_.size()),
-        q_(layer_shape.query_heads * layer_shape.head_dim),
-        out_(q_.size()) {
+  void rewind() {
     constexpr bool attends = kvsparse::Evictor<Policy>;
-    for (std::size_t t = 0; t < tokens; ++t) {
+    cache_.clear();
+    for (std::size_t t = 0; t < tokens_; ++t) {
       rows_.fill(k_);
       rows_.fill(v_);
       append();
-      if (attends && t + 2 * budget >= tokens) {
+      if (attends && t + 2 * budget_ >= tokens_) {
         rows_.fill(q_);
         attend();
       }
@@ -59,28 +73,34 @@ class Layer {
   }
   Cache& cache() { return cache_; }
   kvsparse::QueryGroup queries(std::size_t kv_head) const {
-    return {q_.data() + kv_head * layer_shape.group() * layer_shape.head_dim, layer_shape.group(), layer_shape.head_dim,
-            layer_shape.head_dim, cache_.softmax_scale()};
+    const kvsparse::Geometry& shape = cache_.geometry();
+    return {q_.data() + kv_head * shape.group() * shape.head_dim, shape.group(), shape.head_dim, shape.head_dim,
+            cache_.softmax_scale()};
   }
   /// Keys and values that the latest attend read.
   double kv_bytes_read() const {
-    return static_cast<double>(cache_.stats().last_read_tokens * 2 * layer_shape.head_dim * sizeof(Scalar));
+    return static_cast<double>(cache_.stats().last_read_tokens * 2 * cache_.geometry().head_dim * sizeof(Scalar));
+  }
+  /// What it computed with them: a multiply-add for each of those values and each query head of the group.
+  double flops() const {
+    return kv_bytes_read() / sizeof(Scalar) * 2.0 * static_cast<double>(cache_.geometry().group());
   }
 
  private:
-  static kvsparse::CacheConfig config(std::size_t tokens, std::size_t budget) {
-    return {.query_heads = layer_shape.query_heads,
-            .kv_heads = layer_shape.kv_heads,
-            .head_dim = layer_shape.head_dim,
-            .page_size = layer_shape.page_size,
+  static kvsparse::CacheConfig config(const kvsparse::Geometry& shape, std::size_t tokens, std::size_t budget) {
+    return {.query_heads = shape.query_heads,
+            .kv_heads = shape.kv_heads,
+            .head_dim = shape.head_dim,
+            .page_size = shape.page_size,
             .budget_tokens = budget,
             .read_budget_tokens = 0,
-            .max_tokens = tokens + tokens / 100 + 1};
+            .max_tokens = tokens + drift(tokens)};
   }
   static void require(kvsparse::Status status) {
     if (!status) throw std::runtime_error(status.message());
   }
 
+  std::size_t tokens_, budget_;
   Cache cache_;
   RandomRows rows_{1};
   std::vector<float> k_, v_, q_, out_;
