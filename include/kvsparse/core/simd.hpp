@@ -56,12 +56,25 @@ KVSPARSE_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+/// The larger one; b where one of them is NaN.
 KVSPARSE_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 KVSPARSE_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
 KVSPARSE_INLINE Floats load(const float* p) {
   Floats v;
   std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+/// The same value, which the compiler must now hold in a register instead of loading it again at every use.
+KVSPARSE_INLINE Floats in_register(Floats v) {
+#if defined(__AVX__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(v));
+#endif
   return v;
 }
 
@@ -129,13 +142,15 @@ KVSPARSE_INLINE void store(Bfloat16* p, Floats v) {
 /// e^x for x <= 0, the softmax's range, to about 1 ulp; below the smallest normal float the result is 0, and NaN stays
 /// NaN. Cephes' reduction and polynomial: x = n ln 2 + r with |r| <= ln 2 / 2.
 KVSPARSE_INLINE Floats exp_nonpositive(Floats x) {
-  constexpr float smallest = -87.3365402F;
-  const Floats lowest = broadcast(smallest);
-  const Floats clamped = x > lowest ? x : lowest;
-  const Ints n = __builtin_convertvector(clamped * 1.44269504F - 0.5F, Ints);
-  const Floats n_float = __builtin_convertvector(n, Floats);
-  Floats r = fma(n_float, broadcast(-0.693359375F), clamped);
-  r = fma(n_float, broadcast(2.12194440e-4F), r);
+  const Floats lowest = broadcast(-87.3365402F);
+  const Floats clamped = max(lowest, x);
+  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits; with the 127 they are 2^n's exponent.
+  constexpr float round = 12582912.0F + 127.0F;
+  const Floats shifted =
+      in_register(fma(clamped, broadcast(1.44269504F), broadcast(round)));  // -ffast-math would undo it
+  const Floats n = shifted - round;
+  Floats r = fma(n, broadcast(-0.693359375F), clamped);
+  r = fma(n, broadcast(2.12194440e-4F), r);
   Floats p = broadcast(1.9875691500e-4F);
   p = fma(p, r, broadcast(1.3981999507e-3F));
   p = fma(p, r, broadcast(8.3334519073e-3F));
@@ -143,9 +158,8 @@ KVSPARSE_INLINE Floats exp_nonpositive(Floats x) {
   p = fma(p, r, broadcast(1.6666665459e-1F));
   p = fma(p, r, broadcast(5.0000001201e-1F));
   p = fma(p, r * r, r) + 1.0F;
-  const Floats power = bits_as<Floats>((n + 127) << 23);
-  const Floats zero_or_nan = x < lowest ? Floats{} : x;
-  return x >= lowest ? p * power : zero_or_nan;
+  const Floats power = bits_as<Floats>(bits_as<Ints>(shifted) << 23);
+  return x < lowest ? Floats{} : p * power;
 }
 
 // Sums across lanes. The single sum and the sum of many vectors at once add the same lanes in the same order, so a dot
