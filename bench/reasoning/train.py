@@ -78,14 +78,13 @@ RECIPES = {
               (Phase(150, 32, (8, 16), 0.9), Phase(200, 16, (16, 32, 48), 0.97)), 1.5e-3, 20, eviction=0.8,
               parking_penalty=1.0, writes="varied"),), starts_from="main"),
     "long": Recipe("long", (
-        Stage("A", PLAIN,
-              (FIRST_READS, Phase(500, 32, (8, 16), 0.7), Phase(900, 16, (16, 32, 48), 0.9)),
-              2e-3, 50),
-        Stage("B", HIDING,
-              (Phase(200, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
+        Stage("A", PLAIN, (FIRST_READS, Phase(300, 32, (8, 16), 0.7)), 2e-3, 50),
+        # Reads over more than 38 lines do not form at the end of stage A's schedule: they get one of their own.
+        Stage("A+", PLAIN, (Phase(500, 16, (16, 32, 48), 0.9),), 2e-3, 50),
+        Stage("B", HIDING, (Phase(150, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
         Stage("C", PARKING,
-              (Phase(150, 16, (32, 48), 0.9), Phase(150, 4, (64, 96, 128), 0.9), Phase(120, 1, (350,), 0.95)),
-              1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e5, max_positions=8192),
+              (Phase(120, 16, (32, 48), 0.9), Phase(120, 4, (64, 96, 128), 0.9), Phase(100, 1, (350,), 0.95)),
+              1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e6, max_positions=8192),
 }
 
 
