@@ -12,6 +12,7 @@
 #include "../core/geometry.hpp"
 #include "../core/simd.hpp"
 #include "../core/softmax_state.hpp"
+#include "../core/stored_row.hpp"
 #include "../core/views.hpp"
 
 namespace kvsparse {
@@ -58,6 +59,14 @@ struct TileLanes {
     Floats result{};
     KVSPARSE_UNROLL
     for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane / tile);
+    return result;
+  }
+  /// One value for each token of a tile, repeated for every query.
+  template <class Value>
+  static KVSPARSE_INLINE Floats of_tokens(Value&& value) {
+    Floats result{};
+    KVSPARSE_UNROLL
+    for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane % tile);
     return result;
   }
   /// Combines a query's lanes with one another; every one of them then holds the result.
@@ -169,7 +178,10 @@ KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& 
     if constexpr (lanes > row_padding) {
       if (i < row) add_products(i, [](const Key* key) { return simd::load_half_row(key); });
     }
-    simd::store(logits + first * Queries, simd::sum_each(sums));
+    Floats products = simd::sum_each(sums);
+    if constexpr (has_scale<Key>)
+      products *= Tile::of_tokens([&](std::size_t t) { return row_scale(rows[t], kv.head_dim); });
+    simd::store(logits + first * Queries, products);
   }
   float* last_tile = logits + last / tile * lanes;
   simd::store(last_tile, Tile::keep_tokens(simd::load(last_tile), last % tile + 1,
@@ -188,11 +200,12 @@ void apply_read_options(const PageRead& read, float* logits) {
   }
 }
 
-/// Turns the chunk's logits into weights relative to the running maximum and folds their sums into the states. Writes
-/// by how much each query's accumulator shrinks to keep[Queries].
-template <std::size_t Queries>
-KVSPARSE_INLINE void chunk_softmax(std::span<const PageRead> reads, SoftmaxState* states, ChunkWeights& weights,
-                                   float* keep, PageTap tap, std::size_t group) {
+/// Turns the chunk's logits into weights relative to the running maximum, times the scales of the values' rows, and
+/// folds the weights' sums into the states. Writes by how much each query's accumulator shrinks to keep[Queries].
+template <std::size_t Queries, class Key, class Value>
+KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& kv, std::span<const PageRead> reads,
+                                   SoftmaxState* states, ChunkWeights& weights, float* keep, PageTap tap,
+                                   std::size_t group) {
   using Tile = TileLanes<Queries>;
   const auto max = [](Floats a, Floats b) { return simd::max(a, b); };
   const auto add = [](Floats a, Floats b) { return a + b; };
@@ -230,7 +243,15 @@ KVSPARSE_INLINE void chunk_softmax(std::span<const PageRead> reads, SoftmaxState
     }
     const std::size_t floats = Tile::page_floats(reads[r]);
     for (std::size_t i = 0; i < floats; i += lanes) {
-      simd::store(page + i, Tile::token_major(simd::load(page + i) * take_page));
+      Floats weight = simd::load(page + i) * take_page;
+      if constexpr (has_scale<Value>) {
+        const Value* values = kv.values + reads[r].page.value * kv.value_page_stride;
+        weight *= Tile::of_tokens([&](std::size_t t) {
+          const std::size_t token = std::min<std::size_t>(i / Queries + t, reads[r].tokens - 1);
+          return row_scale(values + token * kv.value_row_stride, kv.head_dim);
+        });
+      }
+      simd::store(page + i, Tile::token_major(weight));
     }
     page += floats;
     for (std::size_t q = 0; q < Queries; ++q) {
@@ -344,7 +365,7 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefet
     logits += Tile::page_floats(read);
   }
   float keep[Queries];
-  chunk_softmax<Queries>(chunk.reads, states, weights, keep, tap, group);
+  chunk_softmax<Queries>(kv, chunk.reads, states, weights, keep, tap, group);
   chunk_values<Queries>(kv, prefetches ? chunk : Chunk{chunk.reads, {}}, weights, keep, states);
 }
 

@@ -4,6 +4,7 @@
 
 #include <Eigen/Core>
 #include <concepts>
+#include <cstdint>
 #include <string_view>
 
 namespace kvsparse {
@@ -11,22 +12,30 @@ namespace kvsparse {
 using Half = Eigen::half;
 using Bfloat16 = Eigen::bfloat16;
 
+/// An element of a row that has a scale of its own, one for each token and kv head: element = scale * steps, steps in
+/// -127 .. 127. See core/stored_row.hpp for where the scale lies.
+struct Int8 {
+  std::int8_t steps = 0;
+};
+
 /// What a cache can store keys and values in. Rows arrive as float or already in this type.
 template <class T>
-concept StorageScalar = std::same_as<T, float> || std::same_as<T, Half> || std::same_as<T, Bfloat16>;
+concept StorageScalar =
+    std::same_as<T, float> || std::same_as<T, Half> || std::same_as<T, Bfloat16> || std::same_as<T, Int8>;
 
-/// What rows may be given in to a cache of Scalar: floats, which it converts, or its own type.
+/// What rows may be given in to a cache of Scalar: floats, which it converts, or its own type if that needs no scale.
 template <class T, class Scalar>
-concept StorableAs = std::same_as<T, float> || std::same_as<T, Scalar>;
+concept StorableAs = std::same_as<T, float> ||(std::same_as<T, Scalar> && !std::same_as<Scalar, Int8>);
 
 /// The same choice at run time.
-enum class ScalarType { f32, f16, bf16 };
+enum class ScalarType { f32, f16, bf16, int8 };
 
-inline constexpr std::string_view scalar_type_names[] = {"f32", "f16", "bf16"};
+inline constexpr std::string_view scalar_type_names[] = {"f32", "f16", "bf16", "int8"};
 
 template <StorageScalar T>
-inline constexpr std::string_view scalar_name = std::same_as<T, float>  ? "f32"
-                                                : std::same_as<T, Half> ? "f16"
-                                                                        : "bf16";
+inline constexpr std::string_view scalar_name = std::same_as<T, float>      ? "f32"
+                                                : std::same_as<T, Half>     ? "f16"
+                                                : std::same_as<T, Bfloat16> ? "bf16"
+                                                                            : "int8";
 
 }  // namespace kvsparse

@@ -80,11 +80,16 @@ KVSPARSE_INLINE Floats in_register(Floats v) {
 
 KVSPARSE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+KVSPARSE_INLINE float widened(float element) { return element; }
+KVSPARSE_INLINE float widened(Half element) { return static_cast<float>(element); }
+KVSPARSE_INLINE float widened(Bfloat16 element) { return static_cast<float>(element); }
+KVSPARSE_INLINE float widened(Int8 element) { return static_cast<float>(element.steps); }
+
 /// Widens `count` stored elements one by one: the fallback for targets without a conversion instruction, and for tails.
 template <class Scalar>
 KVSPARSE_INLINE Floats load_elements(const Scalar* p, std::size_t count) {
   float elements[lanes] = {};
-  for (std::size_t i = 0; i < count; ++i) elements[i] = static_cast<float>(p[i]);
+  for (std::size_t i = 0; i < count; ++i) elements[i] = widened(p[i]);
   return load(elements);
 }
 
@@ -107,6 +112,20 @@ KVSPARSE_INLINE Floats load(const Bfloat16* p) {
   return bits_as<Floats>(__builtin_convertvector(stored, Ints) << 16);
 }
 
+/// Steps, not yet multiplied by the row's scale.
+KVSPARSE_INLINE Floats load(const Int8* p) {
+#if KVSPARSE_AVX512
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef std::int8_t Steps __attribute__((vector_size(lanes)));
+  Steps stored;
+  std::memcpy(&stored, p, sizeof stored);
+  return __builtin_convertvector(__builtin_convertvector(stored, Ints), Floats);
+#endif
+}
+
 /// The last row_padding = 8 elements of a row whose stride is no multiple of `lanes`; the upper lanes are zero.
 template <class Scalar>
 KVSPARSE_INLINE Floats load_half_row(const Scalar* p) {
@@ -115,8 +134,10 @@ KVSPARSE_INLINE Floats load_half_row(const Scalar* p) {
     __m256 half;
     if constexpr (std::same_as<Scalar, float>) {
       half = _mm256_loadu_ps(p);
-    } else {
+    } else if constexpr (std::same_as<Scalar, Half>) {
       half = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else {
+      half = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     }
     return __builtin_shufflevector(half, __m256{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
