@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kvsparse/interop/thread_team.hpp"
 #include "support/random_trace.hpp"
 #include "support/test_cache.hpp"
 
@@ -71,6 +72,28 @@ TEST_P(Identity, BelowTheBudgetEveryBitIsThatOfDense) {
       expect_identical_to_dense(GetParam(), scalar, shape);
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+/// Heads so long that threads share them, one thread beside a team.
+TEST_P(Identity, BelowTheBudgetALongHeadOnThreadsIsThatOfDenseOnOne) {
+  constexpr std::size_t tokens = 2100;
+  CacheConfig config{.query_heads = 3, .kv_heads = 1, .head_dim = 24, .page_size = 16, .max_tokens = tokens};
+  config.budget_tokens = config.read_budget_tokens = config.geometry().pages_for(tokens) * config.page_size;
+  TestCache cache(GetParam(), ScalarType::f16, config);
+  TestCache dense("dense", ScalarType::f16, config);
+  kvsparse::ThreadTeam team(2);
+  TestRng rng(1);
+  std::vector<float> k(24), q(72), out(72), dense_out(72), lse(3), dense_lse(3);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    for (std::vector<float>* rows : {&k, &q}) {
+      for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+    }
+    ASSERT_TRUE(cache.append(k, k).ok() && dense.append(k, k).ok());
+    if (t % 100 != 99) continue;
+    ASSERT_TRUE(cache.attend(q, out, lse, team).ok());
+    ASSERT_TRUE(dense.attend(q, dense_out, dense_lse).ok());
+    ASSERT_TRUE(same_bits(out, dense_out) && same_bits(lse, dense_lse)) << "token " << t;
   }
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmarks of one layer, one thread: decode_step, append, select, and the read bandwidth to hold them against.
+// Microbenchmarks of one layer: decode_step, append, select, and the read bandwidth to hold them against. On one thread
+// but for the decode_steps whose name says otherwise.
 #include <benchmark/benchmark.h>
 
 #include <fstream>
 #include <iostream>
+#include <kvsparse/interop/thread_team.hpp>
 #include <kvsparse/kvsparse.hpp>
 #include <memory>
 #include <string>
@@ -50,12 +52,25 @@ void time_steps(benchmark::State& state, std::size_t tokens, std::size_t budget,
 }
 
 template <class Policy, class Scalar>
-void decode_step(benchmark::State& state, std::size_t tokens, std::size_t budget) {
-  time_steps<Policy, Scalar>(state, tokens, budget, [](auto& layer) { layer.step(); });
+void decode_step_on(benchmark::State& state, std::size_t tokens, std::size_t budget,
+                    kvsparse::Executor auto&& executor) {
+  time_steps<Policy, Scalar>(state, tokens, budget, [&](auto& layer) { layer.step(executor); });
   using benchmark::Counter;
   const double bytes = state.counters["kv_bytes_read"];
   state.counters["kv_bytes_per_second"] = Counter(bytes, Counter::kIsIterationInvariantRate);
   state.counters["of_dram_bandwidth"] = Counter(bytes / dram_bandwidth, Counter::kIsIterationInvariantRate);
+}
+
+template <class Policy, class Scalar>
+void decode_step(benchmark::State& state, std::size_t tokens, std::size_t budget) {
+  decode_step_on<Policy, Scalar>(state, tokens, budget, kvsparse::SerialExecutor{});
+}
+
+/// of_dram_bandwidth refers to what one thread reads.
+template <class Policy, class Scalar>
+void decode_step_on_team(benchmark::State& state, std::size_t tokens, std::size_t budget, std::size_t threads) {
+  kvsparse::ThreadTeam team(threads);
+  decode_step_on<Policy, Scalar>(state, tokens, budget, team);
 }
 
 template <class Policy, class Scalar>
@@ -106,6 +121,21 @@ void register_benchmarks() {
   add("append", 4096, append<Policy, Scalar>);
 }
 
+/// The same step on a team: on one thread by the same clock, then on two.
+template <class Policy>
+void register_threads() {
+  const std::string what = "decode_step/" + std::string(Policy::name) + "/f16/N:";
+  for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
+    for (const std::size_t threads : {1U, 2U}) {
+      const std::string name =
+          what + std::to_string(tokens) + "/L:" + std::to_string(budget_tokens) + "/threads:" + std::to_string(threads);
+      benchmark::RegisterBenchmark(name.c_str(), decode_step_on_team<Policy, Half>, tokens, budget_tokens, threads)
+          ->Unit(benchmark::kMicrosecond)
+          ->UseRealTime();
+    }
+  }
+}
+
 template <class Policy>
 void register_storage_types() {
   register_benchmarks<Policy, float>();
@@ -140,6 +170,9 @@ int main(int argc, char** argv) {
   register_storage_types<kvsparse::Kindred>();
   register_storage_types<kvsparse::Random>();
   register_storage_types<Compose<kvsparse::Raas, kvsparse::Quest>>();
+  register_threads<kvsparse::Dense>();
+  register_threads<kvsparse::Quest>();
+  register_threads<kvsparse::Raas>();
   benchmark::RegisterBenchmark("bandwidth/dram_read", dram_read)->Unit(benchmark::kMillisecond)->UseRealTime();
   dram_bandwidth = measure_dram_bandwidth();
   benchmark::AddCustomContext("processor", processor());

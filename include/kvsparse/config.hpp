@@ -45,6 +45,13 @@
 #define KVSPARSE_INLINE inline
 #endif
 
+// Arithmetic that several callers must do to the bit alike exists once: two inlined copies may fuse different products.
+#if defined(__GNUC__)
+#define KVSPARSE_NOINLINE __attribute__((noinline))
+#else
+#define KVSPARSE_NOINLINE
+#endif
+
 // The AVX-512 subset that the 16-lane kernels need.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define KVSPARSE_AVX512 1

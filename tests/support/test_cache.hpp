@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kvsparse/cache/cache_config.hpp"
+#include "kvsparse/core/executor.hpp"
 #include "kvsparse/core/scalar.hpp"
 #include "kvsparse/core/views.hpp"
 #include "kvsparse/policy/options.hpp"
@@ -38,6 +39,8 @@ class TestCache {
   kvsparse::Status attend(kvsparse::HeadRows<const float> q, kvsparse::HeadRows<float> out, std::span<float> lse = {});
   kvsparse::Status attend(std::span<const float> q, std::span<float> out, std::span<float> lse = {});
   kvsparse::Status attend_prompt(kvsparse::TokenRows<const float> q, kvsparse::TokenRows<float> out);
+  kvsparse::Status attend(std::span<const float> q, std::span<float> out, std::span<float> lse,
+                          kvsparse::ExecutorRef executor);
 
   const kvsparse::CacheConfig& config() const;
   std::string_view policy_name() const;

@@ -15,16 +15,10 @@
 #include "../attention/page_kernel.hpp"
 #include "../memory/page_table.hpp"
 #include "../policy/policy.hpp"
+#include "attend_scratch.hpp"
 #include "cache_config.hpp"
 
 namespace kvsparse::detail {
-
-/// Working memory of attend() for the query heads of one kv head.
-struct AttendScratch {
-  std::vector<float> queries;        // [group, padded head_dim] scaled
-  std::vector<float> accumulators;   // [group, padded head_dim]
-  std::vector<SoftmaxState> states;  // [group]
-};
 
 /// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
 struct HeadSizes {
@@ -68,8 +62,8 @@ struct HeadStore {
            Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
            n.trimmed * sizeof(PageIndex) +
            sizeof(float) * (3 * n.mass + (n.mass == 0 ? 0 : 2 * query_padding) + n.token_mass + 2 * n.token_weights +
-                            n.scratch + n.padded_queries + n.query_window + n.group + 2 * n.group * n.row) +
-           n.group * sizeof(SoftmaxState);
+                            n.scratch + n.padded_queries + n.query_window + n.group) +
+           AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
   }
 
   // --- pages ---
@@ -254,8 +248,7 @@ struct HeadStore {
         trimmed(n.trimmed),
         selection(n.selected, page_size, n.masks > 0),
         reads(n.pages),
-        attend_scratch{std::vector<float>(n.group * n.row), std::vector<float>(n.group * n.row),
-                       std::vector<SoftmaxState>(n.group)},
+        attend_scratch(n.pages, page_size, n.group, n.row),
         was_read_(n.pages),
         read_masks(n.masks),
         mass(n.mass),

@@ -17,11 +17,11 @@
 
 namespace kvsparse {
 
-/// Thread safety: distinct caches are independent. Of one cache, `append`, `append_prompt`, `end_prompt` and `clear`
-/// are exclusive; the verbs that take a kv head (select, record, observe) may run at the same time for different heads,
-/// except for policies of layer scope whose end_step is exclusive. Const members may run at the same time as one
-/// another. After construction no verb of the decode step allocates, throws or locks. Copying copies pages, policy
-/// state and all.
+/// Thread safety: distinct caches are independent. Of one cache, `append`, `append_prompt`, `end_prompt`, `clear` and
+/// attend, which may use an executor's threads inside, are exclusive; the verbs that take a kv head (select, record,
+/// observe) may run at the same time for different heads, and end_step is exclusive. Const members may run at the same
+/// time as one another. After construction no verb of the decode step allocates, throws or locks. Copying copies pages,
+/// policy state and all.
 template <class Policy, StorageScalar Scalar = float>
 class PagedKvCache {
   static constexpr detail::ContractCheck<Policy> contract{};
