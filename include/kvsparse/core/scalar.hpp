@@ -4,6 +4,7 @@
 
 #include <Eigen/Core>
 #include <concepts>
+#include <cstdint>
 #include <string_view>
 
 namespace kvsparse {
@@ -28,5 +29,26 @@ template <StorageScalar T>
 inline constexpr std::string_view scalar_name = std::same_as<T, float>  ? "f32"
                                                 : std::same_as<T, Half> ? "f16"
                                                                         : "bf16";
+
+/// The largest T that is not above x; NaN stays NaN.
+template <StorageScalar T>
+T at_most(float x) {
+  const T nearest = static_cast<T>(x);
+  if constexpr (std::same_as<T, float>) {
+    return nearest;
+  } else {
+    if (!(static_cast<float>(nearest) > x)) return nearest;
+    // The neighbour below: magnitudes are ordered like their bits, and below both zeros comes the smallest negative.
+    const auto bits = Eigen::numext::bit_cast<std::uint16_t>(nearest);
+    const bool zero = (bits & 0x7FFF) == 0;
+    const int below = zero ? 0x8001 : bits < 0x8000 ? bits - 1 : bits + 1;
+    return Eigen::numext::bit_cast<T>(static_cast<std::uint16_t>(below));
+  }
+}
+/// The smallest T that is not below x; NaN stays NaN.
+template <StorageScalar T>
+T at_least(float x) {
+  return -at_most<T>(-x);
+}
 
 }  // namespace kvsparse

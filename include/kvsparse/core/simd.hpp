@@ -65,7 +65,14 @@ KVSPARSE_INLINE Floats load(const float* p) {
   return v;
 }
 
+KVSPARSE_INLINE Ints load(const std::int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 KVSPARSE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+KVSPARSE_INLINE void store(std::int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 
 /// Widens `count` stored elements one by one: the fallback for targets without a conversion instruction, and for tails.
 template <class Scalar>
