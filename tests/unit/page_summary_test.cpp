@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kvsparse/memory/page_summary.hpp"
+#include "kvsparse/memory/page_bounds.hpp"
 
 #include <gtest/gtest.h>
 
@@ -91,8 +91,8 @@ TYPED_TEST(Summaries, BoundsAreTheQuestFormulaAndBoundEveryStoredKey) {
         std::vector<float> padded(2 * group * round_up(head_dim, 16), 7.0F);
         std::vector<float> bounds(pages * group);
         page_upper_bounds(stored.summaries, std::span<const ResidentPage>(stored.table),
-                          QueryGroup{q.data(), group, head_dim, head_dim, 1.0F}, std::span<float>(padded),
-                          std::span<float>(bounds));
+                          QueryGroup{q.data(), group, head_dim, head_dim, 1.0F}, BoundPooling::none,
+                          std::span<float>(padded), std::span<float>(bounds));
         for (std::uint32_t page = 0; page < pages; ++page) {
           for (std::size_t head = 0; head < group; ++head) {
             double expected = 0.0;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <span>
 
+#include "../memory/page_bounds.hpp"
 #include "../memory/page_pool.hpp"
 #include "../memory/page_summary.hpp"
 #include "../policy/head_view.hpp"
@@ -41,8 +42,8 @@ struct PageStore {
       std::copy_n(of(store).summaries.sum(page), sum.size(), sum.begin());
     };
     access.upper_bounds = [](const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
-                             std::span<float> padded_queries, std::span<float> bounds) {
-      page_upper_bounds(of(store).summaries, pages, queries, padded_queries, bounds);
+                             BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) {
+      page_upper_bounds(of(store).summaries, pages, queries, pooling, padded_queries, bounds);
     };
     return access;
   }

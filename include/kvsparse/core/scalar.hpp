@@ -38,4 +38,25 @@ inline constexpr std::string_view scalar_name = std::same_as<T, float>      ? "f
                                                 : std::same_as<T, Bfloat16> ? "bf16"
                                                                             : "int8";
 
+/// The largest T that is not above x; NaN stays NaN.
+template <StorageScalar T>
+T at_most(float x) {
+  const T nearest = static_cast<T>(x);
+  if constexpr (std::same_as<T, float>) {
+    return nearest;
+  } else {
+    if (!(static_cast<float>(nearest) > x)) return nearest;
+    // The neighbour below: magnitudes are ordered like their bits, and below both zeros comes the smallest negative.
+    const auto bits = Eigen::numext::bit_cast<std::uint16_t>(nearest);
+    const bool zero = (bits & 0x7FFF) == 0;
+    const int below = zero ? 0x8001 : bits < 0x8000 ? bits - 1 : bits + 1;
+    return Eigen::numext::bit_cast<T>(static_cast<std::uint16_t>(below));
+  }
+}
+/// The smallest T that is not below x; NaN stays NaN.
+template <StorageScalar T>
+T at_least(float x) {
+  return -at_most<T>(-x);
+}
+
 }  // namespace kvsparse

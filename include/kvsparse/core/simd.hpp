@@ -66,6 +66,12 @@ KVSPARSE_INLINE Floats load(const float* p) {
   return v;
 }
 
+KVSPARSE_INLINE Ints load(const std::int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 /// The same value, which the compiler must now hold in a register instead of loading it again at every use.
 KVSPARSE_INLINE Floats in_register(Floats v) {
 #if defined(__AVX__)
@@ -79,6 +85,7 @@ KVSPARSE_INLINE Floats in_register(Floats v) {
 }
 
 KVSPARSE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+KVSPARSE_INLINE void store(std::int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 
 KVSPARSE_INLINE float widened(float element) { return element; }
 KVSPARSE_INLINE float widened(Half element) { return static_cast<float>(element); }
