@@ -87,8 +87,8 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
       ->check(count);
   app.add_option("--page-size", options.cache.page_size, "tokens per page [16]");
   app.add_option("--dense-layers", options.cache.dense_layers, "the first layers that keep everything [0]");
-  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16 or bf16 [f32]")
-      ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
   auto* text = app.add_option("--prompt", options.prompt, "words of the model's tokenizer.json");
   auto* numbers = app.add_option("--prompt-ids", ids, "token ids separated by commas; needs no tokenizer");
   text->excludes(numbers);

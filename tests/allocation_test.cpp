@@ -51,6 +51,7 @@ void for_every_cache(Visit&& visit) {
     with.template operator()<float>();
     with.template operator()<Half>();
     with.template operator()<Bfloat16>();
+    with.template operator()<Int8>();
   });
 }
 

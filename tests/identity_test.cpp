@@ -66,7 +66,7 @@ class Identity : public testing::TestWithParam<std::string> {};
 
 TEST_P(Identity, BelowTheBudgetEveryBitIsThatOfDense) {
   const Shape shapes[] = {{2, 2, 8, 3}, {3, 1, 40, 16}, {8, 2, 24, 1}, {8, 1, 64, 7}, {5, 1, 7, 16}};
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     for (const Shape& shape : shapes) {
       SCOPED_TRACE(std::string(name_of(scalar)) + ", group " + std::to_string(shape.query_heads / shape.kv_heads));
       expect_identical_to_dense(GetParam(), scalar, shape);
@@ -106,7 +106,7 @@ INSTANTIATE_TEST_SUITE_P(Policies, Identity, testing::ValuesIn(policy_names()),
                          [](const auto& instance) { return title_of(instance.param); });
 
 TEST(IdentityOfOptions, QuestForEachQueryHeadBelowTheBudgetIsDenseToo) {
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     for (const Shape& shape : {Shape{3, 1, 40, 16}, Shape{8, 2, 24, 3}, Shape{8, 1, 64, 7}}) {
       expect_identical_to_dense("quest", scalar, shape, {{"pool", "query_head"}});
       expect_identical_to_dense("raas+quest", scalar, shape, {{"pool", "query_head"}, {"evidence", "quest_bound"}});
@@ -116,7 +116,7 @@ TEST(IdentityOfOptions, QuestForEachQueryHeadBelowTheBudgetIsDenseToo) {
 
 TEST(IdentityOfOptions, RaasOfThePapersBelowTheBudgetIsDenseToo) {
   for (const char* preset : {"paper_v1", "paper_v2"}) {
-    for (const ScalarType scalar : scalar_types) {
+    for (const ScalarType scalar : all_scalar_types) {
       expect_identical_to_dense("raas", scalar, {8, 2, 24, 3}, {{"preset", preset}});
     }
   }

@@ -478,6 +478,7 @@ TEST(SameBits, ForDenseInEveryStorageType) {
     expect_the_same_bits<Dense, float>(shape, 0, 0);
     expect_the_same_bits<Dense, Half>(shape, 0, 0);
     expect_the_same_bits<Dense, Bfloat16>(shape, 0, 0);
+    expect_the_same_bits<Dense, Int8>(shape, 0, 0);
   }
 }
 

@@ -61,6 +61,9 @@ kvsparse::ScalarType scalar_type(std::string_view name);
 
 inline constexpr kvsparse::ScalarType scalar_types[] = {kvsparse::ScalarType::f32, kvsparse::ScalarType::f16,
                                                         kvsparse::ScalarType::bf16};
+/// With those whose rounding the naive replay does not know.
+inline constexpr kvsparse::ScalarType all_scalar_types[] = {kvsparse::ScalarType::f32, kvsparse::ScalarType::f16,
+                                                            kvsparse::ScalarType::bf16, kvsparse::ScalarType::int8};
 inline std::string_view name_of(kvsparse::ScalarType scalar) {
   return kvsparse::scalar_type_names[static_cast<std::size_t>(scalar)];
 }

@@ -67,7 +67,7 @@ inline ScalarType scalar_type(std::string_view name) {
   for (std::size_t i = 0; i < std::size(scalar_type_names); ++i) {
     if (scalar_type_names[i] == name) return static_cast<ScalarType>(i);
   }
-  KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16"));
+  KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16, int8"));
 }
 
 namespace detail {
@@ -109,7 +109,7 @@ class AnyCache {
   }
 
   /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
-  /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all three unless
+  /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all four unless
   /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
   template <class Policy, StorageScalar... Scalars>
   static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
@@ -242,7 +242,7 @@ class AnyCache {
   static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config,
                                          std::span<const OptionSetting> settings) {
     if constexpr (sizeof...(Scalars) == 0) {
-      return make<Policy, float, Half, Bfloat16>(scalar, config, settings);
+      return make<Policy, float, Half, Bfloat16, Int8>(scalar, config, settings);
     } else {
       const Policy policy = with_settings<Policy>(settings);
       const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];

@@ -203,8 +203,8 @@ class AttendStep {
 /// called for one head by one thread at a time, for different heads at the same time. Throws what the executor throws,
 /// and is noexcept when the executor is. Then `out` is unspecified, and the policy may have observed this query for
 /// some heads and not for others; the cache is as good as before, and attending again is fine.
-template <class Policy, StorageScalar Scalar, Executor E>
-Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, HeadRows<float> out,
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
               std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
   const std::size_t query_heads = cache.geometry().query_heads;
   if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
@@ -218,8 +218,8 @@ Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, Head
   return {};
 }
 /// The same over contiguous rows.
-template <class Policy, StorageScalar Scalar, Executor E>
-Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std::span<float> out,
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q, std::span<float> out,
               std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
   const Geometry& geometry = cache.geometry();
   if (const Status status = check_size(q.size(), geometry.query_heads, geometry); !status) return status;
@@ -228,13 +228,13 @@ Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std
                 HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp, executor);
 }
 /// The same on the calling thread.
-template <class Policy, StorageScalar Scalar>
-Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, HeadRows<float> out,
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
               std::span<float> log_sum_exp = {}) noexcept {
   return attend(cache, q, out, log_sum_exp, SerialExecutor{});
 }
-template <class Policy, StorageScalar Scalar>
-Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std::span<float> out,
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q, std::span<float> out,
               std::span<float> log_sum_exp = {}) noexcept {
   return attend(cache, q, out, log_sum_exp, SerialExecutor{});
 }
@@ -243,8 +243,8 @@ Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std
 /// q, out: [tokens, query_heads, head_dim]. Tokens that were evicted while the chunk was appended are gone for its
 /// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. The
 /// executor is used, and may throw, as in attend, query by query.
-template <class Policy, StorageScalar Scalar, Executor E>
-Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float> q, TokenRows<float> out,
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out,
                      E&& executor) noexcept(is_nothrow_executor<E>) {
   const auto length = static_cast<std::size_t>(cache.next_position().value);
   if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
@@ -259,8 +259,8 @@ Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float>
   return {};
 }
 /// The same on the calling thread.
-template <class Policy, StorageScalar Scalar>
-Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float> q, TokenRows<float> out) noexcept {
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out) noexcept {
   return attend_prompt(cache, q, out, SerialExecutor{});
 }
 

@@ -13,17 +13,19 @@
 
 namespace kvsparse {
 
-template <StorageScalar Scalar>
+template <StorageScalar Key, StorageScalar Value>
 struct PageStore {
+  using Pool = PagePool<Key, Value>;
+  using Summaries = PageSummaries<SummaryScalar<Key>>;
+
   PageStore(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : pool(geometry, pages), summaries(geometry, kind, pages) {}
 
   static std::size_t bytes_required(const Geometry& geometry, PageSummary kind, std::size_t pages) {
-    return PagePool<Scalar>::bytes_required(geometry, pages) +
-           pages * PageSummaries<Scalar>::bytes_per_page(geometry, kind);
+    return Pool::bytes_required(geometry, pages) + pages * Summaries::bytes_per_page(geometry, kind);
   }
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
-    return PagePool<Scalar>::bytes_per_page(geometry) + PageSummaries<Scalar>::bytes_per_page(geometry, kind);
+    return Pool::bytes_per_page(geometry) + Summaries::bytes_per_page(geometry, kind);
   }
 
   static RowAccess row_access() {
@@ -48,8 +50,8 @@ struct PageStore {
     return access;
   }
 
-  PagePool<Scalar> pool;
-  PageSummaries<Scalar> summaries;
+  Pool pool;
+  Summaries summaries;
 
  private:
   static const PageStore& of(const void* store) { return *static_cast<const PageStore*>(store); }

@@ -63,7 +63,7 @@ inline void store_steps(const float* row, std::size_t head_dim, Int8* stored) {
   }
   const std::size_t padded = round_up(head_dim, row_padding);
   std::fill(stored + head_dim, stored + padded + row_padding, Int8{});
-  std::memcpy(stored + padded, &scale, sizeof scale);
+  std::memcpy(static_cast<void*>(stored + padded), &scale, sizeof scale);
 }
 
 }  // namespace detail
@@ -76,8 +76,7 @@ void store_row(const Element* row, std::size_t head_dim, Scalar* stored) {
   } else {
     std::size_t i = 0;
     if constexpr (std::same_as<Element, Scalar>) {
-      std::memcpy(static_cast<void*>(stored), row, head_dim * sizeof(Scalar));
-      i = head_dim;
+      for (; i < head_dim; ++i) stored[i] = row[i];
     } else {
       for (; i + simd::lanes <= head_dim; i += simd::lanes) simd::store(stored + i, simd::load(row + i));
       for (; i < head_dim; ++i) stored[i] = static_cast<Scalar>(row[i]);

@@ -7,12 +7,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "page_pool.hpp"
 
 namespace kvsparse {
 
 enum class PageSummary { none, min_max, mean };
+
+/// What the summaries of keys stored as Key are stored in. Steps of a row's own scale could not bound several rows.
+template <StorageScalar Key>
+using SummaryScalar = std::conditional_t<has_scale<Key>, Half, Key>;
 
 /// Summaries of every page of a pool: min_max as two rows of Scalar a page, mean as a running sum of floats.
 ///
@@ -70,22 +75,23 @@ class PageSummaries {
   /// [row_stride()] sum of the page's keys.
   const float* sum(PageId page) const { return sums_.data() + place(page) * row_stride_; }
 
-  /// Takes in a key as stored, [row_stride()]; one of another type than Scalar (a quantised key made floats again) is
-  /// rounded outwards, so that the bound stays one. The first key of a page starts its summary anew. O(head_dim).
-  template <class Key>
+  /// Takes in a key as stored. What Scalar cannot hold exactly is rounded outwards, so that the bound stays one. The
+  /// first key of a page starts its summary anew. O(head_dim).
+  template <StorageScalar Key>
   void add_key(PageId page, const Key* key, bool first) {
     if (kind_ == PageSummary::none) return;
+    const float scale = row_scale(key, row_stride_);  // head_dim, padded once more, is the same
     if (kind_ == PageSummary::mean) {
       float* sum = sums_.data() + place(page) * row_stride_;
-      for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + static_cast<float>(key[i]);
+      for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + simd::widened(key[i]) * scale;
       return;
     }
     Scalar* lowest = bounds_.data() + place(page) * 2 * row_stride_;
     Scalar* highest = lowest + row_stride_;
     if constexpr (!std::same_as<Key, Scalar>) {
       for (std::size_t i = 0; i < row_stride_; ++i) {
-        const Scalar below = at_most<Scalar>(static_cast<float>(key[i]));
-        const Scalar above = at_least<Scalar>(static_cast<float>(key[i]));
+        const Scalar below = at_most<Scalar>(simd::widened(key[i]) * scale);
+        const Scalar above = at_least<Scalar>(simd::widened(key[i]) * scale);
         if (first || below < lowest[i]) lowest[i] = below;
         if (first || above > highest[i]) highest[i] = above;
       }
