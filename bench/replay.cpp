@@ -53,6 +53,7 @@ void refuse_overflow(const Trace& trace, kvsparse::ScalarType dtype) {
       case kvsparse::ScalarType::f32: return true;
       case kvsparse::ScalarType::f16: return std::isfinite(static_cast<float>(kvsparse::Half(value)));
       case kvsparse::ScalarType::bf16: return std::isfinite(static_cast<float>(kvsparse::Bfloat16(value)));
+      case kvsparse::ScalarType::int8: return true;  // every row has a scale of its own
     }
     return false;
   };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decodes a prompt greedily with a real model whose layers keep their keys and values in sparse caches.
 #include <iostream>
+#include <kvsparse/interop/thread_team.hpp>
 #include <memory>
 #include <optional>
 #include <string>
@@ -75,7 +76,9 @@ PolicyResult run_policy(const DecodeOptions& options, const Model& model, const 
                         const std::vector<TokenId>& prompt, const CacheChoice& cache) {
   const std::string& policy = cache.policy;
   const std::size_t total = prompt.size() + options.max_new;
+  kvsparse::ThreadTeam team(options.threads);
   Decoder decoder(model, cache, total);
+  decoder.attend_on(team);
   std::optional<TraceRecorder> trace;
   std::optional<ResidencyRecorder> residency;
   if (!options.trace_directory.empty()) decoder.observe(&trace.emplace(model.config()));

@@ -27,6 +27,7 @@ struct DecodeOptions {
   std::string prompt;
   std::vector<TokenId> prompt_ids;  // used instead of `prompt` when not empty
   std::size_t max_new = 128;
+  std::size_t threads = 1;  // of the attention
   std::string json_file;
   std::string trace_directory;
   std::string resident_directory;
@@ -86,13 +87,15 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
       ->check(count);
   app.add_option("--page-size", options.cache.page_size, "tokens per page [16]");
   app.add_option("--dense-layers", options.cache.dense_layers, "the first layers that keep everything [0]");
-  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16 or bf16 [f32]")
-      ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
   auto* text = app.add_option("--prompt", options.prompt, "words of the model's tokenizer.json");
   auto* numbers = app.add_option("--prompt-ids", ids, "token ids separated by commas; needs no tokenizer");
   text->excludes(numbers);
   app.add_option("--max-new", options.max_new, "tokens to generate, unless the model ends its text before [128]")
       ->check(count);
+  app.add_option("--threads", options.threads, "threads of the attention, for long contexts of large models [1]")
+      ->check(CLI::Range(1, 1024));
   app.add_option("--json", options.json_file, "write the results to this file, per policy, rewritten as each one ends");
   app.add_option(
       "--record-trace", options.trace_directory,

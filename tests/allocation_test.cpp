@@ -3,6 +3,7 @@
 // Memory is allocated at construction, as much as bytes_required said, and never again.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstddef>
 #include <span>
 #include <string>
@@ -10,6 +11,8 @@
 
 #include "../examples/common/allocation_counter.hpp"
 #include "kvsparse/cache/any_cache.hpp"
+#include "kvsparse/interop/eigen_executor.hpp"
+#include "kvsparse/interop/thread_team.hpp"
 #include "support/random_trace.hpp"
 
 namespace kvsparse_test {
@@ -48,6 +51,7 @@ void for_every_cache(Visit&& visit) {
     with.template operator()<float>();
     with.template operator()<Half>();
     with.template operator()<Bfloat16>();
+    with.template operator()<Int8>();
   });
 }
 
@@ -173,6 +177,90 @@ TEST(Allocations, APolicyThatAsksForEverythingGetsItAtConstruction) {
     expect_the_bytes_that_were_announced<Everything, Half>(config_of(page_size, 3), {});
     expect_a_decode_without_allocations<Everything, float>(page_size, 3, {});
   }
+}
+
+/// Long heads, few of them: their ranges are read by different threads and have states of their own.
+CacheConfig long_heads() {
+  CacheConfig config;
+  config.kv_heads = 1;
+  config.query_heads = 3;
+  config.head_dim = 20;
+  config.page_size = 16;
+  config.budget_tokens = 2500;
+  config.read_budget_tokens = 1500;
+  config.max_tokens = 2500;
+  return config;
+}
+
+TEST(Allocations, TheStatesOfRangesAreAnnounced) {
+  for (const std::size_t page_size : {1U, 16U, 200U}) {
+    CacheConfig config = long_heads();
+    config.page_size = page_size;
+    for (const std::size_t tokens : {1024U, 1025U, 2048U, 2500U}) {
+      config.budget_tokens = config.max_tokens = tokens;
+      expect_the_bytes_that_were_announced<Dense, float>(config, {});
+      expect_the_bytes_that_were_announced<Compose<Raas, Quest>, Half>(config, {});
+    }
+  }
+}
+
+/// Runs on an executor and counts what its bodies allocate, on whatever thread.
+template <class E>
+struct Watched {
+  E& executor;
+  std::atomic<std::size_t>& allocations;
+  std::size_t concurrency() const { return executor.concurrency(); }
+  void operator()(std::size_t count, RangeBody body) const noexcept {
+    const auto watched = [&](std::size_t i) noexcept {
+      const Counters before;
+      body(i);
+      const Counters after;
+      allocations += after.allocated - before.allocated;
+    };
+    executor(count, watched);
+  }
+};
+
+template <class Policy>
+void expect_no_allocations_on(auto& executor) {
+  SCOPED_TRACE(Policy::name);
+  const CacheConfig config = long_heads();
+  PagedKvCache<Policy, Half> cache(config);
+  AnyCache any = AnyCache::of<Policy, Half>(ScalarType::f16, config);
+  TestRng rng(1);
+  std::vector<float> k(20), q(60), out(60), lse(3);
+  std::atomic<std::size_t> in_bodies{0};
+  const Watched<std::remove_reference_t<decltype(executor)>> watched{executor, in_bodies};
+  const auto idle = [](std::size_t) noexcept {};
+  executor(2, idle);  // whatever a pool allocates for its first run
+  const Counters before;
+  bool ok = true;
+  for (std::size_t t = 0; t < 2400; ++t) {
+    for (std::vector<float>* rows : {&k, &q}) {
+      for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+    }
+    ok = ok && cache.append(k, k).ok() && any.append(k, k).ok();
+    if (t % 300 != 7) continue;
+    ok = ok && attend(cache, q, out, lse, watched).ok() && any.attend(q, out, lse, watched).ok();
+  }
+  const Counters after;
+  EXPECT_TRUE(ok);
+  EXPECT_TRUE(after == before) << after.allocated - before.allocated << " allocations";
+  EXPECT_EQ(in_bodies, 0U);
+}
+
+TEST(Allocations, ThereAreNoneOnSeveralThreads) {
+  ThreadTeam team(3);
+  Eigen::ThreadPool pool(2);
+  EigenExecutor eigen(pool);
+  const auto with = [](auto& executor) {
+    expect_no_allocations_on<Dense>(executor);
+    expect_no_allocations_on<Raas>(executor);
+    expect_no_allocations_on<Compose<Raas, Quest>>(executor);
+    expect_no_allocations_on<Everything>(executor);
+  };
+  with(team);
+  with(eigen);
 }
 
 TEST(Allocations, AnAnyCacheTellsWhatItTook) {

@@ -66,8 +66,8 @@ struct Probe {
   }
 };
 
-template <class Policy, class Scalar>
-void append_all(PagedKvCache<Policy, Scalar>& cache, const Rows& rows, std::size_t first, std::size_t last) {
+template <class Policy, class Key, class Value>
+void append_all(PagedKvCache<Policy, Key, Value>& cache, const Rows& rows, std::size_t first, std::size_t last) {
   for (std::size_t t = first; t < last; ++t) ASSERT_TRUE(cache.append(rows.token_k(t), rows.token_v(t)).ok());
 }
 
@@ -82,7 +82,7 @@ std::span<const float> row_of(const std::vector<float>& data, std::size_t row, s
 
 // ------------------------------------------------------------------------------------------------ the kernel's shapes
 
-template <class Scalar>
+template <class Stored>
 class AttendAs : public testing::Test {
  protected:
   /// The last query over `tokens` tokens: output, log-sum-exp, and all evidence.
@@ -96,9 +96,9 @@ class AttendAs : public testing::Test {
                              .page_size = page_size,
                              .max_tokens = tokens};
     const Rows given(tokens, config, head_dim + tokens);
-    const Rows rows = given.template stored_as<Scalar>();
+    const Rows rows = given.template stored_as<typename Stored::Key, typename Stored::Value>();
     std::map<std::size_t, std::vector<Told>> told;
-    PagedKvCache<Probe, Scalar> cache(config, Probe{&told});
+    PagedKvCache<Probe, typename Stored::Key, typename Stored::Value> cache(config, Probe{&told});
     append_all(cache, given, 0, tokens);
     std::vector<float> out(query_heads * head_dim);
     std::vector<float> lse(query_heads);
@@ -130,15 +130,22 @@ class AttendAs : public testing::Test {
   }
 };
 
-using Scalars = testing::Types<float, Half, Bfloat16>;
-class ScalarName {
+template <class KeyType, class ValueType = KeyType>
+struct StoredTypes {
+  using Key = KeyType;
+  using Value = ValueType;
+};
+using KeysAndValues =
+    testing::Types<StoredTypes<float>, StoredTypes<Half>, StoredTypes<Bfloat16>, StoredTypes<Int8>,
+                   StoredTypes<Half, Int8>, StoredTypes<Int8, Bfloat16>, StoredTypes<float, Half>>;
+class StoredTypesName {
  public:
-  template <class Scalar>
+  template <class Stored>
   static std::string GetName(int) {
-    return std::string(scalar_name<Scalar>);
+    return std::string(scalar_name<typename Stored::Key>) + "_" + std::string(scalar_name<typename Stored::Value>);
   }
 };
-TYPED_TEST_SUITE(AttendAs, Scalars, ScalarName);
+TYPED_TEST_SUITE(AttendAs, KeysAndValues, StoredTypesName);
 
 TYPED_TEST(AttendAs, AgreesWithTheExactOracleForEveryGroupAndHeadDim) {
   for (const std::size_t group : {1U, 2U, 3U, 4U, 5U, 7U, 8U}) {
@@ -163,26 +170,33 @@ TYPED_TEST(AttendAs, AgreesWithTheExactOracleForEveryPageSizeAndPartialPage) {
   }
 }
 
-TYPED_TEST(AttendAs, TakesRowsInTheStorageType) {
+template <class Scalar>
+void expect_rows_in_the_storage_type_are_taken() {
   const CacheConfig config{.query_heads = 2, .kv_heads = 2, .head_dim = 24, .page_size = 4, .max_tokens = 10};
   const Rows rows(10, config, 3);
-  PagedKvCache<Dense, TypeParam> from_floats(config);
-  PagedKvCache<Dense, TypeParam> from_stored(config);
-  std::vector<TypeParam> k(48), v(48);
+  PagedKvCache<Dense, Scalar> from_floats(config);
+  PagedKvCache<Dense, Scalar> from_stored(config);
+  std::vector<Scalar> k(48), v(48);
   for (std::size_t t = 0; t < 10; ++t) {
     for (std::size_t i = 0; i < 48; ++i) {
-      k[i] = static_cast<TypeParam>(rows.token_k(t)[i]);
-      v[i] = static_cast<TypeParam>(rows.token_v(t)[i]);
+      k[i] = static_cast<Scalar>(rows.token_k(t)[i]);
+      v[i] = static_cast<Scalar>(rows.token_v(t)[i]);
     }
     ASSERT_TRUE(from_floats.append(rows.token_k(t), rows.token_v(t)).ok());
     ASSERT_TRUE(
-        from_stored.append(HeadRows<const TypeParam>(k.data(), 2, 24), HeadRows<const TypeParam>(v.data(), 2, 24))
+        from_stored.append(HeadRows<const Scalar>(k.data(), 2, 24), HeadRows<const Scalar>(v.data(), 2, 24))
             .ok());
   }
   std::vector<float> a(48), b(48);
   ASSERT_TRUE(attend(from_floats, rows.token_q(9), a).ok());
   ASSERT_TRUE(attend(from_stored, rows.token_q(9), b).ok());
   EXPECT_EQ(a, b);
+}
+
+TEST(Attend, TakesRowsInTheStorageType) {
+  expect_rows_in_the_storage_type_are_taken<float>();
+  expect_rows_in_the_storage_type_are_taken<Half>();
+  expect_rows_in_the_storage_type_are_taken<Bfloat16>();
 }
 
 TEST(Attend, TheEvidenceAPolicyAsksForDoesNotChangeTheResult) {

@@ -548,7 +548,7 @@ INSTANTIATE_TEST_SUITE_P(Policies, EveryPolicy, testing::ValuesIn(policy_names()
                          [](const auto& instance) { return title_of(instance.param); });
 
 TEST_P(EveryPolicy, BehavesAfterClearLikeNew) {
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     TestCache used(GetParam(), scalar, config);
     static_cast<void>(Feeder(used, other).run(90, 11));
     used.clear();

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kvsparse/interop/thread_team.hpp"
 #include "support/random_trace.hpp"
 #include "support/test_cache.hpp"
 
@@ -65,12 +66,34 @@ class Identity : public testing::TestWithParam<std::string> {};
 
 TEST_P(Identity, BelowTheBudgetEveryBitIsThatOfDense) {
   const Shape shapes[] = {{2, 2, 8, 3}, {3, 1, 40, 16}, {8, 2, 24, 1}, {8, 1, 64, 7}, {5, 1, 7, 16}};
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     for (const Shape& shape : shapes) {
       SCOPED_TRACE(std::string(name_of(scalar)) + ", group " + std::to_string(shape.query_heads / shape.kv_heads));
       expect_identical_to_dense(GetParam(), scalar, shape);
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+/// Heads so long that threads share them, one thread beside a team.
+TEST_P(Identity, BelowTheBudgetALongHeadOnThreadsIsThatOfDenseOnOne) {
+  constexpr std::size_t tokens = 2100;
+  CacheConfig config{.query_heads = 3, .kv_heads = 1, .head_dim = 24, .page_size = 16, .max_tokens = tokens};
+  config.budget_tokens = config.read_budget_tokens = config.geometry().pages_for(tokens) * config.page_size;
+  TestCache cache(GetParam(), ScalarType::f16, config);
+  TestCache dense("dense", ScalarType::f16, config);
+  kvsparse::ThreadTeam team(2);
+  TestRng rng(1);
+  std::vector<float> k(24), q(72), out(72), dense_out(72), lse(3), dense_lse(3);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    for (std::vector<float>* rows : {&k, &q}) {
+      for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+    }
+    ASSERT_TRUE(cache.append(k, k).ok() && dense.append(k, k).ok());
+    if (t % 100 != 99) continue;
+    ASSERT_TRUE(cache.attend(q, out, lse, team).ok());
+    ASSERT_TRUE(dense.attend(q, dense_out, dense_lse).ok());
+    ASSERT_TRUE(same_bits(out, dense_out) && same_bits(lse, dense_lse)) << "token " << t;
   }
 }
 
@@ -83,7 +106,7 @@ INSTANTIATE_TEST_SUITE_P(Policies, Identity, testing::ValuesIn(policy_names()),
                          [](const auto& instance) { return title_of(instance.param); });
 
 TEST(IdentityOfOptions, QuestForEachQueryHeadBelowTheBudgetIsDenseToo) {
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     for (const Shape& shape : {Shape{3, 1, 40, 16}, Shape{8, 2, 24, 3}, Shape{8, 1, 64, 7}}) {
       expect_identical_to_dense("quest", scalar, shape, {{"pool", "query_head"}});
       expect_identical_to_dense("raas+quest", scalar, shape, {{"pool", "query_head"}, {"evidence", "quest_bound"}});
@@ -93,7 +116,7 @@ TEST(IdentityOfOptions, QuestForEachQueryHeadBelowTheBudgetIsDenseToo) {
 
 TEST(IdentityOfOptions, RaasOfThePapersBelowTheBudgetIsDenseToo) {
   for (const char* preset : {"paper_v1", "paper_v2"}) {
-    for (const ScalarType scalar : scalar_types) {
+    for (const ScalarType scalar : all_scalar_types) {
       expect_identical_to_dense("raas", scalar, {8, 2, 24, 3}, {{"preset", preset}});
     }
   }

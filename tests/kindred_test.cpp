@@ -99,7 +99,7 @@ TEST(KindredThatCannotTell, DecidesAsRaasWhereNoTwoPagesShareAStamp) {
 
 TEST(KindredThatCannotTell, GoesByStampsAloneWhenAllValuesAreAlikeOrZero) {
   for (const float value : {0.0F, 0.7F}) {
-    for (const ScalarType scalar : scalar_types) {
+    for (const ScalarType scalar : all_scalar_types) {
       NaiveTrace trace = milestone_trace({300, 4, 2, 24, 9}, 3);
       std::fill(trace.v.begin(), trace.v.end(), value);
       const Memory memory{2, 40, scalar};
@@ -137,7 +137,7 @@ TEST(KindredOfOddValues, DoesNotMindTheirScale) {
 }
 
 TEST(KindredOfOddValues, TakesAPageThatIsNotFiniteForOneThatLooksLikeNothing) {
-  for (const ScalarType scalar : scalar_types) {
+  for (const ScalarType scalar : all_scalar_types) {
     NaiveTrace zero = look_alike_trace({300, 4, 2, 24, 9}, 7);
     NaiveTrace infinite = zero;
     NaiveTrace unknown = zero;

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that must hold before a change lands, from a fresh Debian or Ubuntu machine on:
 #
-#   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan
+#   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, and those that
+#                         start threads under TSan
 #   tests/run.sh --full   beside that: -march=native, AVX2 and -O3 builds of the tests, replay checked in full
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
@@ -37,15 +38,17 @@ build() {
 }
 
 # check NAME PRESET [CMAKE OPTION...]: configures build/NAME, builds it, runs its tests.
+# only=TEST check ...: builds and runs that one alone.
 check() {
-  local name=$1 preset=$2 started=$SECONDS summary
+  local name=$1 preset=$2 started=$SECONDS only=${only:-} summary
   shift 2
   printf '\n== %s\n' "$name"
   cmake --preset "$preset" -B "build/$name" -DKVSPARSE_TESTS_WERROR=ON "${launcher[@]}" "$@" >/dev/null
-  build "$name"
+  build "$name" ${only:+"$only"}
   mkdir -p "build/$name/Testing"
   summary=build/$name/Testing/summary.txt
-  ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" | tee "$summary"
+  ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" ${only:+-R "^$only\$"} |
+    tee "$summary"
   passed+=("$name: $(grep 'tests passed' "$summary") ($((SECONDS - started)) s with the build)")
 }
 
@@ -61,6 +64,7 @@ sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame
 check dev dev
 check clang clang "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native"
 check asan-ubsan asan-ubsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native $sanitize"
+only=threads_test check tsan tsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native -fsanitize=thread"
 
 if [ "$full" = yes ]; then
   # The presets' own flags, with other processors: the kernels differ from one to the next.

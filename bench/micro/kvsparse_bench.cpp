@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmarks of one layer, one thread: decode_step, append, select, and the machine's limits to hold them against.
-// bench/README.md says how to choose among them and how to read them.
+// Microbenchmarks of one layer: decode_step, append, select, and the machine's limits to hold them against. On one
+// thread but for the decode_steps whose name says otherwise. bench/README.md says how to choose among them and how to
+// read them.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
 #include <array>
 #include <iostream>
+#include <kvsparse/interop/thread_team.hpp>
 #include <kvsparse/kvsparse.hpp>
 #include <memory>
 #include <string>
@@ -20,6 +22,7 @@ namespace {
 using kvsparse::Bfloat16;
 using kvsparse::Compose;
 using kvsparse::Half;
+using kvsparse::Int8;
 
 CacheSizes caches;
 MachineLimits limits;  // of one thread, measured once at the start of this process
@@ -72,14 +75,26 @@ void time_steps(benchmark::State& state, const Case& of, Body&& body) {
 /// Counter roofline: the share of max(bytes / bandwidth, flops / FMA peak) that the step reaches, the bandwidth being
 /// that of the cache level in which the keys and values it reads fit.
 template <class Policy, class Scalar>
-void decode_step(benchmark::State& state, const Case& of) {
-  time_steps<Policy, Scalar>(state, of, [](auto& layer) { layer.step(); });
+void decode_step_on(benchmark::State& state, const Case& of, kvsparse::Executor auto&& executor) {
+  time_steps<Policy, Scalar>(state, of, [&](auto& layer) { layer.step(executor); });
   using benchmark::Counter;
   const double bytes = state.counters["kv_bytes_read"];
   const Roofline bound = roofline(limits, caches, bytes, state.counters["flops"]);
   state.counters["kv_bytes_per_second"] = Counter(bytes, Counter::kIsIterationInvariantRate);
   state.counters["roofline"] = Counter(bound.seconds, Counter::kIsIterationInvariantRate);
   state.SetLabel(bound.is_memory_bound ? std::string("memory, ") + name_of(bound.level) : "arithmetic");
+}
+
+template <class Policy, class Scalar>
+void decode_step(benchmark::State& state, const Case& of) {
+  decode_step_on<Policy, Scalar>(state, of, kvsparse::SerialExecutor{});
+}
+
+/// Counter roofline refers to what one thread can do.
+template <class Policy, class Scalar>
+void decode_step_on_team(benchmark::State& state, const Case& of, std::size_t threads) {
+  kvsparse::ThreadTeam team(threads);
+  decode_step_on<Policy, Scalar>(state, of, team);
 }
 
 template <class Policy, class Scalar>
@@ -103,7 +118,7 @@ void select(benchmark::State& state, const Case& of) {
   state.counters["pages_scored_per_second"] =
       benchmark::Counter(static_cast<double>(pages), benchmark::Counter::kIsIterationInvariantRate);
   state.counters["summary_bytes"] = static_cast<double>(
-      pages * kvsparse::PageSummaries<Scalar>::bytes_per_page(of.shape, kvsparse::traits::page_summary(Policy{})));
+      pages * kvsparse::PageSummaries<kvsparse::SummaryScalar<Scalar>>::bytes_per_page(of.shape, kvsparse::traits::page_summary(Policy{})));
 }
 
 template <MemoryLevel Level>
@@ -155,11 +170,27 @@ void register_benchmarks() {
   }
 }
 
+/// The same step on a team: on one thread by the same clock, then on two.
+template <class Policy>
+void register_threads() {
+  for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
+    const Case of{layer_shape, tokens};
+    for (const std::size_t threads : {1U, 2U}) {
+      const std::string name = "decode_step/" + std::string(Policy::name) + "/f16" + of.name() + "/threads:";
+      benchmark::RegisterBenchmark((name + std::to_string(threads)).c_str(), decode_step_on_team<Policy, Half>, of,
+                                   threads)
+          ->Unit(benchmark::kMicrosecond)
+          ->UseRealTime();
+    }
+  }
+}
+
 template <class Policy>
 void register_storage_types() {
   register_benchmarks<Policy, float>();
   register_benchmarks<Policy, Half>();
   register_benchmarks<Policy, Bfloat16>();
+  register_benchmarks<Policy, Int8>();
 }
 
 }  // namespace
@@ -189,6 +220,9 @@ int main(int argc, char** argv) {
   register_storage_types<kvsparse::Kindred>();
   register_storage_types<kvsparse::Random>();
   register_storage_types<Compose<kvsparse::Raas, kvsparse::Quest>>();
+  register_threads<kvsparse::Dense>();
+  register_threads<kvsparse::Quest>();
+  register_threads<kvsparse::Raas>();
   caches = cache_sizes();
   benchmark::RegisterBenchmark("bandwidth/L2", bandwidth<MemoryLevel::l2>)->Unit(benchmark::kMillisecond);
   benchmark::RegisterBenchmark("bandwidth/L3", bandwidth<MemoryLevel::l3>)->Unit(benchmark::kMillisecond);

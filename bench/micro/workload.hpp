@@ -66,10 +66,14 @@ class Layer {
   }
 
   void append() { require(cache_.append(k_, v_)); }
-  void attend() { require(kvsparse::attend(cache_, std::span<const float>(q_), std::span<float>(out_))); }
-  void step() {
+  void attend() { attend(kvsparse::SerialExecutor{}); }
+  void attend(kvsparse::Executor auto&& executor) {
+    require(kvsparse::attend(cache_, std::span<const float>(q_), std::span<float>(out_), {}, executor));
+  }
+  void step() { step(kvsparse::SerialExecutor{}); }
+  void step(kvsparse::Executor auto&& executor) {
     append();
-    attend();
+    attend(executor);
   }
   Cache& cache() { return cache_; }
   kvsparse::QueryGroup queries(std::size_t kv_head) const {

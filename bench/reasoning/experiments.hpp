@@ -70,6 +70,8 @@ inline Experiment full() {
            {{"main"}, plain, other_sets, all_policies(), {4}, two},
            {{"main"}, plain, {"fall"}, alphas, {4}, {256}},
            {{"main"}, plain, {"fall"}, ranks, {4}, {256}},
+           // What of it is the training's luck: the same recipe from other random numbers.
+           {{"main_seed2", "main_seed3"}, plain, {"fall", "uniform"}, main_policies, {4}, {192, 256, 384}},
            // By token: the evictors at their finest, and H2O as its paper has it.
            {{"main"}, plain, {"fall", "uniform"}, {"raas", "h2o", "h2o:pin_prompt=true"}, {1}, {192, 256, 384}},
            {{"plain"}, plain, {"fall", "uniform"}, all_policies(), {4}, two},

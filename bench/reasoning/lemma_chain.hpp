@@ -7,7 +7,7 @@
 //   plain   <bos> (g d){6} (S_n SRC_n){N} S_o d_o ;     step S_n : use SRC is v_src , get S_n v_n ;
 //   varied  the same, and S_{N+1} <eos> before S_o;     an odd v_n adds ", check v_n" before the line's ";", and the
 //                                                       chain ends with "step S_{N+1} : use <eos>"
-//   long    <bos> (G T_g d){6} H_o T_o d_o ;            H_n T_n use SRC is v_src get H_n T_n v_n ;
+//   long    <bos> (G_g T_g d){6} H_o T_o d_o ;          H_n T_n use SRC is v_src get H_n T_n v_n ;
 //
 // v_n = (v_{n-1} + v_src) mod 10, v_0 = d_o. Labels count up from a random offset o. SRC is a given, or lemma i <= n-2.
 // A long chain's labels and givens are two words each, and its prompt lists no sources, because the list would grow
@@ -101,7 +101,9 @@ using Words = std::vector<std::string>;
 inline constexpr std::size_t givens = 16, givens_per_problem = 6;
 inline constexpr double given_share = 0.15;
 inline constexpr std::size_t plain_labels = 64;
-inline constexpr std::size_t heads_of_labels = 32, tails_of_labels = 32;  // of long labels
+// Of long labels. So few tails that even a short chain has lemmas that differ in one of their two words alone: a model
+// that learns on short chains would otherwise look for that word only.
+inline constexpr std::size_t heads_of_labels = 64, tails_of_labels = 6;
 
 /// How many labels a format has; a problem has fewer lines than that, so that no label means two lemmas.
 inline std::size_t label_count(LineFormat format) {
@@ -120,7 +122,7 @@ inline Words vocabulary(LineFormat format) {
   if (format == LineFormat::long_labels) {
     for (std::size_t i = 0; i < heads_of_labels; ++i) words.push_back(numbered("H", i));
     for (std::size_t i = 0; i < tails_of_labels; ++i) words.push_back(numbered("T", i));
-    words.emplace_back("G");
+    for (std::size_t i = 0; i * tails_of_labels < givens; ++i) words.push_back(numbered("G", i));
   } else {
     for (std::size_t i = 0; i < plain_labels; ++i) words.push_back(numbered("S", i));
     for (std::size_t i = 0; i < givens; ++i) words.push_back(numbered("g", i));
@@ -221,7 +223,7 @@ inline Words label_words(LineFormat format, std::size_t label) {
 
 inline Words given_words(LineFormat format, std::size_t given) {
   if (format != LineFormat::long_labels) return {numbered("g", given)};
-  return {"G", numbered("T", given)};
+  return {numbered("G", given / tails_of_labels), numbered("T", given % tails_of_labels)};
 }
 
 inline void append(Words& words, std::span<const std::string> more) {

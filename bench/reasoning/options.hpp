@@ -125,7 +125,7 @@ inline ReasoningOptions parse_reasoning_options(CLI::App& app, int argc, char** 
   for (CLI::Option* list : {set, policy, budget, page_size, line_format, line_count}) experiment->excludes(list);
   app.add_option("--problems", problems, "problems per cell [128, or the experiment's]");
   app.add_option("--seed", seed, "of the problems; below 2^34 training may have seen them [" + seed + "]");
-  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16 or bf16 [f32]");
+  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]");
   app.add_option("--dense-layers", dense_layers, "the first layers that keep everything [0]");
   app.add_option("--threads", threads, "problems decoded at the same time [all cores]");
   app.add_option("--csv", options.csv_file, "write a line per cell to this file, rewritten as cells end")

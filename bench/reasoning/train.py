@@ -78,14 +78,11 @@ RECIPES = {
               (Phase(150, 32, (8, 16), 0.9), Phase(200, 16, (16, 32, 48), 0.97)), 1.5e-3, 20, eviction=0.8,
               parking_penalty=1.0, writes="varied"),), starts_from="main"),
     "long": Recipe("long", (
-        Stage("A", PLAIN,
-              (FIRST_READS, Phase(500, 32, (8, 16), 0.7), Phase(900, 16, (16, 32, 48), 0.9)),
-              2e-3, 50),
-        Stage("B", HIDING,
-              (Phase(200, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
+        Stage("A", PLAIN, (FIRST_READS, Phase(300, 32, (8, 16), 0.7), Phase(500, 16, (16, 32, 48), 0.9)), 2e-3, 50),
+        Stage("B", HIDING, (Phase(150, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
         Stage("C", PARKING,
-              (Phase(150, 16, (32, 48), 0.9), Phase(150, 4, (64, 96, 128), 0.9), Phase(120, 1, (350,), 0.95)),
-              1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e5, max_positions=8192),
+              (Phase(120, 16, (32, 48), 0.9), Phase(120, 4, (64, 96, 128), 0.9), Phase(100, 1, (350,), 0.95)),
+              1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e6, max_positions=8192),
 }
 
 
@@ -311,14 +308,14 @@ class Trainer:
         if self.recipe.starts_from:
             state = torch.load(self.directory / f"{self.recipe.starts_from}.checkpoint")
             self.model.load_state_dict(state["model"])
-        self.optimizer, self.stage, self.phase, self.step, self.stage_step = None, 0, 0, 0, 0
+        self.optimizer, self.stage, self.phase, self.step = None, 0, 0, 0
 
     def save(self):
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
         torch.save({"model": self.model.state_dict(), "random": torch.get_rng_state(),
                     "optimizer": self.optimizer and self.optimizer.state_dict(),
-                    "at": (self.stage, self.phase, self.step, self.stage_step, self.attempt, self.seconds),
+                    "at": (self.stage, self.phase, self.step, self.attempt, self.seconds),
                     "log": self.log, "finished": self.finished}, partial)
         partial.rename(self.checkpoint)
 
@@ -326,7 +323,7 @@ class Trainer:
         state = torch.load(self.checkpoint)
         self.model.load_state_dict(state["model"])
         torch.set_rng_state(state["random"])
-        self.stage, self.phase, self.step, self.stage_step, self.attempt, self.seconds = state["at"]
+        self.stage, self.phase, self.step, self.attempt, self.seconds = state["at"]
         self.log, self.finished = state["log"], state["finished"]
         if state["optimizer"]:
             self.make_optimizer()
@@ -336,11 +333,13 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
 
     def learning_rate(self, stage):
-        """Warm-up, then a cosine down to 5 %; a phase that takes longer than planned keeps its last rate."""
-        planned = sum(phase.steps for phase in stage.phases)
-        if self.stage_step < stage.warm_up:
-            return stage.learning_rate * (self.stage_step + 1) / stage.warm_up
-        progress = min(1.0, (self.stage_step - stage.warm_up) / (planned - stage.warm_up))
+        """Warm-up, then a cosine down to 5 %; a phase that takes longer than planned keeps its last rate, and takes
+        nothing from the phases after it."""
+        steps = [phase.steps for phase in stage.phases]
+        step = sum(steps[: self.phase]) + min(self.step, steps[self.phase])
+        if step < stage.warm_up:
+            return stage.learning_rate * (step + 1) / stage.warm_up
+        progress = (step - stage.warm_up) / (sum(steps) - stage.warm_up)
         return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def planned_cost(self):
@@ -376,7 +375,6 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        self.stage_step += 1
         return loss.item(), batch.accuracy(logits.detach())[0], self.step_cost(phase, lines)
 
     def held_out(self, lines, count=64, mixture=TRAINING_MIXTURE):
@@ -434,7 +432,7 @@ class Trainer:
         if self.phase == len(stage.phases):
             if stage.writes:
                 self.finish(stage)
-            self.stage, self.phase, self.stage_step, self.optimizer = self.stage + 1, 0, 0, None
+            self.stage, self.phase, self.optimizer = self.stage + 1, 0, None
         self.save()
 
     def finish(self, stage):

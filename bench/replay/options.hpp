@@ -69,7 +69,7 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
                  "ignores it")
       ->required();
   app.add_option("--page-size", page_size, "tokens per page, 1 to 256 [16]");
-  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16 or bf16 [f32]");
+  app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]");
   app.add_option("--set", options.setting_texts,
                  "an option of the policies that have it, e.g. alpha=0.02, of one of them, e.g. raas.alpha=0.02, or "
                  "read_budget=TOKENS of those that select; may be repeated")

@@ -102,6 +102,7 @@ class RooflineMeasurement {
         if (dtype == "f32") add<float>(options.shape, tokens);
         if (dtype == "f16") add<kvsparse::Half>(options.shape, tokens);
         if (dtype == "bf16") add<kvsparse::Bfloat16>(options.shape, tokens);
+        if (dtype == "int8") add<kvsparse::Int8>(options.shape, tokens);
       }
     }
   }

@@ -79,7 +79,7 @@ inline std::vector<std::size_t> parse_budgets(const std::string& text) {
 inline kvsparse::ScalarType parse_dtype(const std::string& text) {
   const auto known = std::find(std::begin(kvsparse::scalar_type_names), std::end(kvsparse::scalar_type_names), text);
   if (known == std::end(kvsparse::scalar_type_names)) {
-    throw UsageError("--dtype got " + in_quotes(text) + ", f32, f16 or bf16 was expected");
+    throw UsageError("--dtype got " + in_quotes(text) + ", f32, f16, bf16 or int8 was expected");
   }
   return kvsparse::scalar_type(text);
 }

@@ -99,6 +99,10 @@ class Decoder {
 
   void observe(LayerObserver* observer) { observers_.push_back(observer); }
 
+  /// Attention runs on the threads of `executor`, which must outlive the decoder's use; by default on the caller's.
+  /// What is decoded does not depend on it.
+  void attend_on(kvsparse::ExecutorRef executor) { executor_ = executor; }
+
   /// Reads one token of the prompt. All of them come before the first feed().
   /// Throws CacheRefusal, as feed() does.
   void feed_prompt(TokenId token) { forward(token, true); }
@@ -169,10 +173,12 @@ class Decoder {
     if (is_prompt) {
       require(cache, cache.append_prompt(values(key_), values(value_)));
       require(cache, cache.attend_prompt(kvsparse::TokenRows<const float>(query_.data(), 1, c.query_heads, c.head_dim),
-                                         kvsparse::TokenRows<float>(attended_.data(), 1, c.query_heads, c.head_dim)));
+                                         kvsparse::TokenRows<float>(attended_.data(), 1, c.query_heads, c.head_dim),
+                                         executor_));
     } else {
       require(cache, cache.append(values(key_), values(value_)));
-      require(cache, cache.attend(values(query_), {attended_.data(), static_cast<std::size_t>(attended_.size())}));
+      require(cache, cache.attend(values(query_), {attended_.data(), static_cast<std::size_t>(attended_.size())}, {},
+                                  executor_));
     }
   }
 
@@ -216,8 +222,11 @@ class Decoder {
     if (!status) throw CacheRefusal("policy " + std::string(cache.policy_name()) + ": " + status.message());
   }
 
+  static constexpr kvsparse::SerialExecutor serial_{};
+
   const Model& model_;
   std::vector<kvsparse::AnyCache> caches_;
+  kvsparse::ExecutorRef executor_{serial_};
   std::vector<LayerObserver*> observers_;
   std::chrono::duration<double> time_in_observers_{0.0};
   std::size_t position_ = 0;

@@ -29,11 +29,27 @@
 #define KVSPARSE_UNROLL
 #endif
 
+// Leaves the loop that follows as it is: unrolled, its register tile would be spilled.
+#if defined(__clang__)
+#define KVSPARSE_NO_UNROLL _Pragma("clang loop unroll(disable) vectorize(disable)")
+#elif defined(__GNUC__)
+#define KVSPARSE_NO_UNROLL _Pragma("GCC unroll 1")
+#else
+#define KVSPARSE_NO_UNROLL
+#endif
+
 // A kernel's inner tiles must be inlined into their loop, else their register tile goes through memory.
 #if defined(__GNUC__)
 #define KVSPARSE_INLINE inline __attribute__((always_inline))
 #else
 #define KVSPARSE_INLINE inline
+#endif
+
+// Arithmetic that several callers must do to the bit alike exists once: two inlined copies may fuse different products.
+#if defined(__GNUC__)
+#define KVSPARSE_NOINLINE __attribute__((noinline))
+#else
+#define KVSPARSE_NOINLINE
 #endif
 
 // The AVX-512 subset that the 16-lane kernels need.

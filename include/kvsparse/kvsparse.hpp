@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The umbrella: policies, cache, attention. Choosing a policy by name at run time is cache/any_cache.hpp, beside it.
+// The umbrella: policies, cache, attention. Beside it: cache/any_cache.hpp, to choose a policy by name at run time, and
+// interop/, where executors for threads are.
 #pragma once
 
 #include "attention/exact.hpp"

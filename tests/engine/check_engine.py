@@ -224,6 +224,13 @@ def check_model(binary, root, name, config, dtype, shards, seed):
     print(f"{name}: logits within {logit_error:.1e}, q/k/v within {max(errors):.1e}, "
           f"{len(set(generated))} distinct tokens")
 
+    # Nor do threads change anything.
+    run = decode(binary, *arguments, "--policy", "raas", "--budget", 28, "--page-size", 4, "--json", out)
+    threaded = root / (name + ".threaded.json")
+    decode(binary, *arguments, "--policy", "raas", "--budget", 28, "--page-size", 4, "--threads", 3, "--json", threaded)
+    alone, together = (json.loads(path.read_text())["policies"][0] for path in (out, threaded))
+    check(together["tokens"] == alone["tokens"] and together["logits"] == alone["logits"], f"{name}: three threads differ")
+
     # A budget that is never reached changes nothing, whatever the policy.
     run = decode(binary, *arguments, "--compare", "h2o,quest,raas,raas+quest", "--budget", 4096, "--page-size", 4,
                  "--json", out)
@@ -337,6 +344,7 @@ def check_refusals(binary, root, config):
         (["--model", base, "--budget", 64, *ids], "--policy"),
         (["--model", base, "--policy", "raas", "--budget", 2, "--page-size", 4, *ids], "budget"),
         (["--model", base, "--policy", "raas", "--budget", 0, *ids], "--budget"),
+        (good + ids + ["--threads", 0], "--threads"),
         (["--model", base, "--policy", "raas", "--budget", 64, "--page-size", 0, *ids], "page_size"),
         (["--model", base, "--policy", "raas", "--budget", 8, "--page-size", 4, "--prompt-ids", "1,2,3,4,5,6"],
          "prompt"),

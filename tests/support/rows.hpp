@@ -10,6 +10,7 @@
 
 #include "kvsparse/attention/exact.hpp"
 #include "kvsparse/cache/cache_config.hpp"
+#include "kvsparse/core/stored_row.hpp"
 #include "random_trace.hpp"
 
 namespace kvsparse_test {
@@ -49,16 +50,25 @@ struct Rows {
   }
 
   /// What a storage type makes of keys and values.
-  template <class Scalar>
+  template <class Key, class Value = Key>
   Rows stored_as() const {
     Rows rounded = *this;
-    for (std::vector<float>* rows : {&rounded.k, &rounded.v}) {
-      for (float& element : *rows) element = static_cast<float>(static_cast<Scalar>(element));
-    }
+    round_rows<Key>(rounded.k);
+    round_rows<Value>(rounded.v);
     return rounded;
   }
 
  private:
+  /// What is stored of a row is the business of stored_row_test.
+  template <class Scalar>
+  void round_rows(std::vector<float>& rows) const {
+    std::vector<Scalar> stored(kvsparse::stored_row_size<Scalar>(head_dim));
+    for (std::size_t first = 0; first < rows.size(); first += head_dim) {
+      const std::span<float> row = std::span<float>(rows).subspan(first, head_dim);
+      kvsparse::store_row(row.data(), head_dim, stored.data());
+      kvsparse::load_row(stored.data(), row);
+    }
+  }
   std::span<const float> token(const std::vector<float>& data, std::size_t heads, std::size_t t) const {
     return std::span<const float>(data).subspan(t * heads * head_dim, heads * head_dim);
   }

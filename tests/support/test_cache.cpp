@@ -41,6 +41,10 @@ Status TestCache::attend(HeadRows<const float> q, HeadRows<float> out, std::span
 Status TestCache::attend(std::span<const float> q, std::span<float> out, std::span<float> lse) {
   return hidden_->cache.attend(q, out, lse);
 }
+Status TestCache::attend(std::span<const float> q, std::span<float> out, std::span<float> lse,
+                         kvsparse::ExecutorRef executor) {
+  return hidden_->cache.attend(q, out, lse, executor);
+}
 Status TestCache::attend_prompt(TokenRows<const float> q, TokenRows<float> out) {
   return hidden_->cache.attend_prompt(q, out);
 }

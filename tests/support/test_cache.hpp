@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kvsparse/cache/cache_config.hpp"
+#include "kvsparse/core/executor.hpp"
 #include "kvsparse/core/scalar.hpp"
 #include "kvsparse/core/views.hpp"
 #include "kvsparse/policy/options.hpp"
@@ -38,6 +39,8 @@ class TestCache {
   kvsparse::Status attend(kvsparse::HeadRows<const float> q, kvsparse::HeadRows<float> out, std::span<float> lse = {});
   kvsparse::Status attend(std::span<const float> q, std::span<float> out, std::span<float> lse = {});
   kvsparse::Status attend_prompt(kvsparse::TokenRows<const float> q, kvsparse::TokenRows<float> out);
+  kvsparse::Status attend(std::span<const float> q, std::span<float> out, std::span<float> lse,
+                          kvsparse::ExecutorRef executor);
 
   const kvsparse::CacheConfig& config() const;
   std::string_view policy_name() const;
@@ -58,6 +61,9 @@ kvsparse::ScalarType scalar_type(std::string_view name);
 
 inline constexpr kvsparse::ScalarType scalar_types[] = {kvsparse::ScalarType::f32, kvsparse::ScalarType::f16,
                                                         kvsparse::ScalarType::bf16};
+/// With those whose rounding the naive replay does not know.
+inline constexpr kvsparse::ScalarType all_scalar_types[] = {kvsparse::ScalarType::f32, kvsparse::ScalarType::f16,
+                                                            kvsparse::ScalarType::bf16, kvsparse::ScalarType::int8};
 inline std::string_view name_of(kvsparse::ScalarType scalar) {
   return kvsparse::scalar_type_names[static_cast<std::size_t>(scalar)];
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention over a list of pages: online softmax, one page at a time, each page loaded once for all query heads
-// of its group. Knows neither cache nor policy: an engine can run it over its own memory.
+// Decode attention over a list of pages: online softmax, a chunk of pages at a time, each page loaded once for all
+// query heads of its group. Knows neither cache nor policy: an engine can run it over its own memory.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "../core/geometry.hpp"
 #include "../core/simd.hpp"
 #include "../core/softmax_state.hpp"
+#include "../core/stored_row.hpp"
 #include "../core/views.hpp"
 
 namespace kvsparse {
@@ -42,8 +43,9 @@ using simd::Floats;
 using simd::lanes;
 
 inline constexpr std::size_t query_block = 4;
-/// Pages between the one computed with and the one prefetched: scattered pages defeat the hardware's own prefetcher.
-inline constexpr std::size_t prefetch_distance = 2;
+/// Tokens whose softmax advances together: enough of them that rescaling the accumulators and moving the maximum cost
+/// little, few enough that their keys and values stay in the nearest cache.
+inline constexpr std::size_t chunk_tokens = 64;
 
 /// How a block of query heads shares a vector: lane q * tile + t belongs to query q and to the t-th token of a tile.
 /// All queries' softmaxes then advance in the same instructions, and reductions stay within a query's lanes.
@@ -57,6 +59,14 @@ struct TileLanes {
     Floats result{};
     KVSPARSE_UNROLL
     for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane / tile);
+    return result;
+  }
+  /// One value for each token of a tile, repeated for every query.
+  template <class Value>
+  static KVSPARSE_INLINE Floats of_tokens(Value&& value) {
+    Floats result{};
+    KVSPARSE_UNROLL
+    for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane % tile);
     return result;
   }
   /// Combines a query's lanes with one another; every one of them then holds the result.
@@ -75,43 +85,81 @@ struct TileLanes {
     for (std::size_t lane = 0; lane < lanes; ++lane) token[lane] = static_cast<std::int32_t>(lane % tile);
     return token < static_cast<std::int32_t>(tokens) ? v : other;
   }
-};
+  /// To lanes t * Queries + q.
+  static KVSPARSE_INLINE Floats token_major(Floats v) { return transpose(v, std::make_index_sequence<lanes>{}); }
 
-/// One page's logits, then softmax weights, of a block of query heads: vectors in the order of TileLanes.
-struct alignas(64) PageWeights {
-  float values[query_block * max_page_size];
+  /// Where a page's tiles hold the lane of a query and a token.
+  static constexpr std::size_t at(std::size_t query, std::size_t token) {
+    return token / tile * lanes + query * tile + token % tile;
+  }
+  /// Floats that a page's tiles take.
+  static constexpr std::size_t page_floats(const PageRead& read) { return round_up(read.tokens, tile) * Queries; }
 
-  template <std::size_t Queries>
-  KVSPARSE_INLINE float& at(std::size_t query, std::size_t token) {
-    constexpr std::size_t tile = TileLanes<Queries>::tile;
-    return values[token / tile * lanes + query * tile + token % tile];
+ private:
+  template <std::size_t... Lane>
+  static KVSPARSE_INLINE Floats transpose(Floats v, std::index_sequence<Lane...>) {
+    return __builtin_shufflevector(v, v, static_cast<int>(Lane % Queries * tile + Lane / Queries)...);
   }
 };
 
-template <class Scalar>
-KVSPARSE_INLINE void prefetch_rows(const Scalar* rows, std::size_t elements) {
-  constexpr std::size_t line = 64;
-  const char* bytes = reinterpret_cast<const char*>(rows);
-  for (std::size_t i = 0; i < elements * sizeof(Scalar); i += line) simd::prefetch(bytes + i);
+/// Pages whose softmax advances together, and what follows them: the keys to prefetch.
+struct Chunk {
+  std::span<const PageRead> reads;
+  std::span<const PageRead> next;
+};
+
+/// A chunk's logits for a block of query heads, page after page in the lanes of TileLanes; then its softmax weights,
+/// page after page, [tokens, Queries].
+struct alignas(64) ChunkWeights {
+  float values[query_block * max_page_size];
+};
+
+/// As many pages as make up a chunk, at least one.
+inline Chunk first_chunk(std::span<const PageRead> reads) {
+  std::size_t pages = 0;
+  std::size_t tokens = 0;
+  std::size_t padded = 0;  // a page's tiles are whole, whatever they cost
+  while (pages < reads.size()) {
+    tokens += reads[pages].tokens;
+    padded += round_up(reads[pages].tokens, lanes);
+    if (pages > 0 && (tokens > chunk_tokens || padded > max_page_size)) break;
+    ++pages;
+  }
+  const std::size_t ahead = std::min(reads.size() - pages, pages);
+  return {reads.first(pages), reads.subspan(pages, ahead)};
 }
 
-/// Logits of the page's tokens. Tiles of Queries x tile dot products live in registers; a tile that sticks out of the
-/// page repeats the last row, so nothing beyond the page's tokens is read.
-template <std::size_t Queries, class Key>
-KVSPARSE_INLINE void page_logits(const Key* keys, std::size_t stride, std::size_t tokens, std::size_t row,
-                                 const float* queries, std::size_t query_stride, const Key* next_keys,
-                                 PageWeights& weights) {
-  constexpr std::size_t tile = TileLanes<Queries>::tile;
-  for (std::size_t first = 0; first < tokens; first += tile) {
-    if (next_keys != nullptr) prefetch_rows(next_keys + first * stride, tile * stride);
+template <class Scalar>
+KVSPARSE_INLINE void prefetch_elements(const Scalar* elements, std::size_t count) {
+  constexpr std::size_t line = 64;
+  const char* bytes = reinterpret_cast<const char*>(elements);
+  for (std::size_t i = 0; i < count * sizeof(Scalar); i += line) simd::prefetch(bytes + i);
+}
+
+/// Logits of the page's tokens, -inf in the lanes beyond them. Tiles of Queries x tile dot products live in registers;
+/// a tile that sticks out of the page repeats the last row, so nothing beyond the page's tokens is read. The page's
+/// values, wanted next, are prefetched meanwhile if `prefetches`.
+template <std::size_t Queries, class Key, class Value>
+KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& read, const float* queries,
+                                 std::size_t query_stride, bool prefetches, float* logits) {
+  using Tile = TileLanes<Queries>;
+  constexpr std::size_t tile = Tile::tile;
+  const Key* keys = kv.keys + read.page.value * kv.key_page_stride;
+  const Value* values = kv.values + read.page.value * kv.value_page_stride;
+  const std::size_t row = round_up(kv.head_dim, row_padding);
+  const std::size_t last = read.tokens - 1;
+  for (std::size_t first = 0; first <= last; first += tile) {
+    if (prefetches) prefetch_elements(values + first * kv.value_row_stride, tile * kv.value_row_stride);
     const Key* rows[tile];
     KVSPARSE_UNROLL
-    for (std::size_t t = 0; t < tile; ++t) rows[t] = keys + std::min(first + t, tokens - 1) * stride;
+    for (std::size_t t = 0; t < tile; ++t) rows[t] = keys + std::min(first + t, last) * kv.key_row_stride;
     Floats sums[lanes] = {};
     const auto add_products = [&](std::size_t i, auto load_key) {
       Floats query[Queries];
       KVSPARSE_UNROLL
-      for (std::size_t q = 0; q < Queries; ++q) query[q] = simd::load(queries + q * query_stride + i);
+      for (std::size_t q = 0; q < Queries; ++q) {
+        query[q] = simd::in_register(simd::load(queries + q * query_stride + i));
+      }
       KVSPARSE_UNROLL
       for (std::size_t t = 0; t < tile; ++t) {
         const Floats key = load_key(rows[t] + i);
@@ -123,22 +171,109 @@ KVSPARSE_INLINE void page_logits(const Key* keys, std::size_t stride, std::size_
       }
     };
     std::size_t i = 0;
+    KVSPARSE_NO_UNROLL
     for (; i + lanes <= row; i += lanes) {
       add_products(i, [](const Key* key) { return simd::load(key); });
     }
     if constexpr (lanes > row_padding) {
       if (i < row) add_products(i, [](const Key* key) { return simd::load_half_row(key); });
     }
-    simd::store(weights.values + first * Queries, simd::sum_each(sums));
+    Floats products = simd::sum_each(sums);
+    if constexpr (has_scale<Key>)
+      products *= Tile::of_tokens([&](std::size_t t) { return row_scale(rows[t], kv.head_dim); });
+    simd::store(logits + first * Queries, products);
+  }
+  float* last_tile = logits + last / tile * lanes;
+  simd::store(last_tile, Tile::keep_tokens(simd::load(last_tile), last % tile + 1,
+                                           simd::broadcast(-std::numeric_limits<float>::infinity())));
+}
+
+/// Masked tokens leave the softmax; a page that stands for evicted tokens enters it with its weight.
+template <std::size_t Queries>
+void apply_read_options(const PageRead& read, float* logits) {
+  for (std::size_t q = 0; q < Queries; ++q) {
+    for (std::size_t t = 0; t < read.tokens; ++t) {
+      const bool masked = read.token_mask != nullptr && (read.token_mask[t / 64] >> (t % 64) & 1) == 0;
+      float& logit = logits[TileLanes<Queries>::at(q, t)];
+      logit = masked ? -std::numeric_limits<float>::infinity() : logit + read.log_weight;
+    }
   }
 }
 
-/// accumulator = keep * accumulator + sum_t weight_t * value_t over Vectors vectors of the row from `offset`.
-template <std::size_t Queries, std::size_t Vectors, bool HalfRow, class Value>
-KVSPARSE_INLINE void add_values(const Value* values, std::size_t stride, std::size_t tokens, std::size_t offset,
-                                const PageWeights& weights, const float* keep, SoftmaxState* states,
-                                const Value* next_values) {
-  constexpr std::size_t tile = TileLanes<Queries>::tile;
+/// Turns the chunk's logits into weights relative to the running maximum, times the scales of the values' rows, and
+/// folds the weights' sums into the states. Writes by how much each query's accumulator shrinks to keep[Queries].
+template <std::size_t Queries, class Key, class Value>
+KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& kv, std::span<const PageRead> reads,
+                                   SoftmaxState* states, ChunkWeights& weights, float* keep, PageTap tap,
+                                   std::size_t group) {
+  using Tile = TileLanes<Queries>;
+  const auto max = [](Floats a, Floats b) { return simd::max(a, b); };
+  const auto add = [](Floats a, Floats b) { return a + b; };
+  Floats page_max[chunk_tokens];
+  Floats page_sum[chunk_tokens];
+  const Floats old_max = Tile::spread([&](std::size_t q) { return states[q].max; });
+  const Floats old_sum = Tile::spread([&](std::size_t q) { return states[q].sum; });
+  Floats new_max = old_max;
+  float* page = weights.values;
+  for (std::size_t r = 0; r < reads.size(); ++r) {
+    const std::size_t floats = Tile::page_floats(reads[r]);
+    // A page whose tokens are all masked keeps a finite maximum: -inf - -inf would be NaN.
+    Floats largest = simd::broadcast(std::numeric_limits<float>::lowest());
+    for (std::size_t i = 0; i < floats; i += lanes) largest = simd::max(largest, simd::load(page + i));
+    largest = Tile::reduce(largest, max);
+    Floats sum{};
+    for (std::size_t i = 0; i < floats; i += lanes) {
+      const Floats weight = simd::exp_nonpositive(simd::load(page + i) - largest);
+      simd::store(page + i, weight);
+      sum += weight;
+    }
+    page_max[r] = largest;
+    page_sum[r] = Tile::reduce(sum, add);
+    new_max = simd::max(new_max, largest);
+    page += floats;
+  }
+  const Floats keep_old = simd::exp_nonpositive(old_max - new_max);
+  Floats new_sum = old_sum * keep_old;
+  page = weights.values;
+  for (std::size_t r = 0; r < reads.size(); ++r) {
+    Floats take_page = simd::exp_nonpositive(page_max[r] - new_max);
+    new_sum = simd::fma(page_sum[r], take_page, new_sum);
+    if (reads[r].value_log_weight != reads[r].log_weight) {
+      take_page *= simd::broadcast(std::exp(reads[r].value_log_weight - reads[r].log_weight));
+    }
+    const std::size_t floats = Tile::page_floats(reads[r]);
+    for (std::size_t i = 0; i < floats; i += lanes) {
+      Floats weight = simd::load(page + i) * take_page;
+      if constexpr (has_scale<Value>) {
+        const Value* values = kv.values + reads[r].page.value * kv.value_page_stride;
+        weight *= Tile::of_tokens([&](std::size_t t) {
+          const std::size_t token = std::min<std::size_t>(i / Queries + t, reads[r].tokens - 1);
+          return row_scale(values + token * kv.value_row_stride, kv.head_dim);
+        });
+      }
+      simd::store(page + i, Tile::token_major(weight));
+    }
+    page += floats;
+    for (std::size_t q = 0; q < Queries; ++q) {
+      if (tap.page_max != nullptr) tap.page_max[r * group + q] = page_max[r][q * Tile::tile];
+      if (tap.page_sum != nullptr) tap.page_sum[r * group + q] = page_sum[r][q * Tile::tile];
+    }
+  }
+  KVSPARSE_UNROLL
+  for (std::size_t q = 0; q < Queries; ++q) {
+    keep[q] = keep_old[q * Tile::tile];
+    states[q].max = new_max[q * Tile::tile];
+    states[q].sum = new_sum[q * Tile::tile];
+  }
+}
+
+/// accumulator = keep * accumulator + sum_t weight_t * value_t over the chunk's tokens, for Vectors vectors of the row
+/// from `offset`. Prefetches the same share of the next chunk's keys.
+template <std::size_t Queries, std::size_t Vectors, bool HalfRow, class Key, class Value>
+KVSPARSE_INLINE void add_values(const PagedKv<Key, Value>& kv, const Chunk& chunk, std::size_t offset,
+                                const ChunkWeights& weights, const float* keep, SoftmaxState* states) {
+  const std::size_t row = round_up(kv.head_dim, row_padding);
+  const std::size_t end = std::min(row, offset + Vectors * lanes);
   Floats sums[Queries][Vectors];
   KVSPARSE_UNROLL
   for (std::size_t q = 0; q < Queries; ++q) {
@@ -147,23 +282,35 @@ KVSPARSE_INLINE void add_values(const Value* values, std::size_t stride, std::si
       sums[q][v] = simd::load(states[q].accumulator + offset + v * lanes) * keep[q];
     }
   }
-  for (std::size_t t = 0; t < tokens; ++t) {
-    const Value* value = values + t * stride + offset;
-    if (next_values != nullptr) prefetch_rows(next_values + t * stride + offset, Vectors * lanes);
-    KVSPARSE_UNROLL
-    for (std::size_t v = 0; v < Vectors; ++v) {
-      Floats element;
-      if constexpr (HalfRow) {
-        element = simd::load_half_row(value);
-      } else {
-        element = simd::load(value + v * lanes);
+  const float* weight = weights.values;
+  for (std::size_t r = 0; r < chunk.reads.size(); ++r) {
+    if (r < chunk.next.size()) {
+      const Key* next_keys = kv.keys + chunk.next[r].page.value * kv.key_page_stride;
+      const std::size_t elements = chunk.next[r].tokens * kv.key_row_stride;
+      prefetch_elements(next_keys + elements * offset / row, elements * end / row - elements * offset / row);
+    }
+    const PageRead& read = chunk.reads[r];
+    const Value* value = kv.values + read.page.value * kv.value_page_stride + offset;
+    KVSPARSE_NO_UNROLL
+    for (std::size_t t = 0; t < read.tokens; ++t) {
+      Floats elements[Vectors];
+      KVSPARSE_UNROLL
+      for (std::size_t v = 0; v < Vectors; ++v) {
+        if constexpr (HalfRow) {
+          elements[v] = simd::load_half_row(value);
+        } else {
+          elements[v] = simd::load(value + v * lanes);
+        }
       }
       KVSPARSE_UNROLL
       for (std::size_t q = 0; q < Queries; ++q) {
-        const float weight = weights.values[t / tile * lanes + q * tile + t % tile];
-        sums[q][v] = simd::fma(simd::broadcast(weight), element, sums[q][v]);
+        const Floats of_query = simd::broadcast(weight[t * Queries + q]);
+        KVSPARSE_UNROLL
+        for (std::size_t v = 0; v < Vectors; ++v) sums[q][v] = simd::fma(of_query, elements[v], sums[q][v]);
       }
+      value += kv.value_row_stride;
     }
+    weight += TileLanes<Queries>::page_floats(read);
   }
   KVSPARSE_UNROLL
   for (std::size_t q = 0; q < Queries; ++q) {
@@ -174,110 +321,52 @@ KVSPARSE_INLINE void add_values(const Value* values, std::size_t stride, std::si
   }
 }
 
-template <std::size_t Queries, class Value>
-KVSPARSE_INLINE void page_values(const Value* values, std::size_t stride, std::size_t tokens, std::size_t row,
-                                 const PageWeights& weights, const float* keep, SoftmaxState* states,
-                                 const Value* next_values) {
-  // As many accumulators as hide the latency of a fused multiply-add and still fit the registers.
-  constexpr std::size_t registers = lanes == 16 ? 16 : 8;
-  constexpr std::size_t wide = std::min<std::size_t>(registers / Queries, 8);
-  std::size_t i = 0;
-  for (; i + wide * lanes <= row; i += wide * lanes) {
-    add_values<Queries, wide, false>(values, stride, tokens, i, weights, keep, states, next_values);
-  }
-  for (; i + 2 * lanes <= row; i += 2 * lanes) {
-    add_values<Queries, 2, false>(values, stride, tokens, i, weights, keep, states, next_values);
-  }
-  for (; i + lanes <= row; i += lanes) {
-    add_values<Queries, 1, false>(values, stride, tokens, i, weights, keep, states, next_values);
-  }
-  if constexpr (lanes > row_padding) {
-    if (i < row) add_values<Queries, 1, true>(values, stride, tokens, i, weights, keep, states, next_values);
-  }
-}
-
-/// Masked tokens leave the softmax; a page that stands for evicted tokens enters it with its weight.
-template <std::size_t Queries>
-void apply_read_options(const PageRead& read, PageWeights& weights) {
-  constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
-  for (std::size_t q = 0; q < Queries; ++q) {
-    for (std::size_t t = 0; t < read.tokens; ++t) {
-      const bool masked = read.token_mask != nullptr && (read.token_mask[t / 64] >> (t % 64) & 1) == 0;
-      float& logit = weights.at<Queries>(q, t);
-      logit = masked ? minus_infinity : logit + read.log_weight;
-    }
-  }
-}
-
-/// Turns the page's logits into weights relative to the running maximum and folds their sums into the states. Writes by
-/// how much each query's accumulator shrinks to keep[Queries].
-template <std::size_t Queries>
-KVSPARSE_INLINE void page_softmax(const PageRead& read, SoftmaxState* states, PageWeights& weights, float* keep,
-                                  PageTap tap) {
-  using Tile = TileLanes<Queries>;
-  const auto max = [](Floats a, Floats b) { return simd::max(a, b); };
-  const auto add = [](Floats a, Floats b) { return a + b; };
-  KVSPARSE_ASSERT(read.tokens >= 1 && read.tokens <= max_page_size);
-  const std::size_t tiles = divide_up(read.tokens, Tile::tile);
-  float* last = weights.values + (tiles - 1) * lanes;
-  simd::store(last, Tile::keep_tokens(simd::load(last), read.tokens - (tiles - 1) * Tile::tile,
-                                      simd::broadcast(-std::numeric_limits<float>::infinity())));
-  // A page whose tokens are all masked keeps a finite maximum: -inf - -inf would be NaN.
-  Floats page_max = simd::broadcast(std::numeric_limits<float>::lowest());
-  for (std::size_t i = 0; i < tiles; ++i) page_max = simd::max(page_max, simd::load(weights.values + i * lanes));
-  page_max = Tile::reduce(page_max, max);
-  Floats page_sum{};
-  for (std::size_t i = 0; i < tiles; ++i) {
-    const Floats weight = simd::exp_nonpositive(simd::load(weights.values + i * lanes) - page_max);
-    simd::store(weights.values + i * lanes, weight);
-    page_sum += weight;
-  }
-  page_sum = Tile::reduce(page_sum, add);
-
-  const Floats old_max = Tile::spread([&](std::size_t q) { return states[q].max; });
-  const Floats old_sum = Tile::spread([&](std::size_t q) { return states[q].sum; });
-  const Floats new_max = simd::max(old_max, page_max);
-  const Floats keep_old = simd::exp_nonpositive(old_max - new_max);
-  Floats take_page = simd::exp_nonpositive(page_max - new_max);
-  const Floats new_sum = simd::fma(old_sum, keep_old, page_sum * take_page);
-  if (read.value_log_weight != read.log_weight) {
-    take_page *= simd::broadcast(std::exp(read.value_log_weight - read.log_weight));
-  }
-  for (std::size_t i = 0; i < tiles; ++i) {
-    simd::store(weights.values + i * lanes, simd::load(weights.values + i * lanes) * take_page);
-  }
-  KVSPARSE_UNROLL
-  for (std::size_t q = 0; q < Queries; ++q) {
-    constexpr std::size_t tile = Tile::tile;
-    keep[q] = keep_old[q * tile];
-    states[q].max = new_max[q * tile];
-    states[q].sum = new_sum[q * tile];
-    if (tap.page_max != nullptr) tap.page_max[q] = page_max[q * tile];
-    if (tap.page_sum != nullptr) tap.page_sum[q] = page_sum[q * tile];
-  }
-}
-
 template <std::size_t Queries, class Key, class Value>
-void attend_page(const PagedKv<Key, Value>& kv, const PageRead& read, const PageRead* next, const float* queries,
-                 std::size_t query_stride, SoftmaxState* states, PageTap tap) {
+KVSPARSE_INLINE void chunk_values(const PagedKv<Key, Value>& kv, const Chunk& chunk, const ChunkWeights& weights,
+                                  const float* keep, SoftmaxState* states) {
   const std::size_t row = round_up(kv.head_dim, row_padding);
-  const auto keys_of = [&](const PageRead& r) { return kv.keys + r.page.value * kv.key_page_stride; };
-  const auto values_of = [&](const PageRead& r) { return kv.values + r.page.value * kv.value_page_stride; };
-  PageWeights weights;
-  page_logits<Queries>(keys_of(read), kv.key_row_stride, read.tokens, row, queries, query_stride,
-                       next != nullptr ? keys_of(*next) : nullptr, weights);
-  if (read.token_mask != nullptr || read.log_weight != 0.0F) apply_read_options<Queries>(read, weights);
-  if (tap.token_logits != nullptr) {
-    for (std::size_t q = 0; q < Queries; ++q) {
-      for (std::size_t t = 0; t < read.tokens; ++t) {
-        tap.token_logits[q * tap.page_size + t] = weights.at<Queries>(q, t);
+  // As many accumulators as hide the latency of a fused multiply-add and, with what they are made of, fit the
+  // registers.
+  constexpr std::size_t accumulators = lanes == 16 ? 16 : 12;
+  constexpr std::size_t wide = std::min<std::size_t>(accumulators / Queries, 8);
+  std::size_t i = 0;
+  const auto vectors_left = [&] { return (row - i) / lanes; };
+  const auto add = [&]<std::size_t Vectors>() {
+    add_values<Queries, Vectors, false>(kv, chunk, i, weights, keep, states);
+    i += Vectors * lanes;
+  };
+  // A single vector has too few accumulators: four are split two and two, not three and one.
+  while (vectors_left() >= wide && (wide != 3 || vectors_left() != 4)) add.template operator()<wide>();
+  while (vectors_left() >= 2) add.template operator()<2>();
+  while (vectors_left() >= 1) add.template operator()<1>();
+  if constexpr (lanes > row_padding) {
+    if (i < row) add_values<Queries, 1, true>(kv, chunk, i, weights, keep, states);
+  }
+}
+
+/// A chunk for a block of query heads out of `group`; tap: of the chunk's first page and the block's first head.
+template <std::size_t Queries, class Key, class Value>
+void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefetches, const float* queries,
+                  std::size_t query_stride, SoftmaxState* states, PageTap tap, std::size_t group) {
+  using Tile = TileLanes<Queries>;
+  ChunkWeights weights;
+  float* logits = weights.values;
+  for (std::size_t r = 0; r < chunk.reads.size(); ++r) {
+    const PageRead& read = chunk.reads[r];
+    KVSPARSE_ASSERT(read.tokens >= 1 && read.tokens <= max_page_size);
+    page_logits<Queries>(kv, read, queries, query_stride, prefetches, logits);
+    if (read.token_mask != nullptr || read.log_weight != 0.0F) apply_read_options<Queries>(read, logits);
+    if (tap.token_logits != nullptr) {
+      for (std::size_t q = 0; q < Queries; ++q) {
+        float* of_query = tap.token_logits + (r * group + q) * tap.page_size;
+        for (std::size_t t = 0; t < read.tokens; ++t) of_query[t] = logits[Tile::at(q, t)];
       }
     }
+    logits += Tile::page_floats(read);
   }
   float keep[Queries];
-  page_softmax<Queries>(read, states, weights, keep, tap);
-  page_values<Queries>(values_of(read), kv.value_row_stride, read.tokens, row, weights, keep, states,
-                       next != nullptr ? values_of(*next) : nullptr);
+  chunk_softmax<Queries>(kv, chunk.reads, states, weights, keep, tap, group);
+  chunk_values<Queries>(kv, prefetches ? chunk : Chunk{chunk.reads, {}}, weights, keep, states);
 }
 
 }  // namespace detail
@@ -291,19 +380,21 @@ template <class Key, class Value>
 void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads, const float* queries,
                   std::size_t query_stride, std::span<SoftmaxState> states, PageTap tap = {}) noexcept {
   const std::size_t group = states.size();
-  for (std::size_t r = 0; r < reads.size(); ++r) {
-    const PageRead* next =
-        r + detail::prefetch_distance < reads.size() ? &reads[r + detail::prefetch_distance] : nullptr;
+  while (!reads.empty()) {
+    const detail::Chunk chunk = detail::first_chunk(reads);
     std::size_t q = 0;
     const auto block = [&]<std::size_t Queries>() {
-      detail::attend_page<Queries>(kv, reads[r], q == 0 ? next : nullptr, queries + q * query_stride, query_stride,
-                                   states.data() + q, tap);
+      PageTap of_block = tap;
+      of_block.advance(1, q);
+      detail::attend_chunk<Queries>(kv, chunk, q == 0, queries + q * query_stride, query_stride, states.data() + q,
+                                    of_block, group);
       q += Queries;
-      tap.advance(1, Queries);
     };
     while (group - q >= 4) block.template operator()<4>();
     if (group - q >= 2) block.template operator()<2>();
     if (group - q >= 1) block.template operator()<1>();
+    tap.advance(chunk.reads.size(), group);
+    reads = reads.subspan(chunk.reads.size());
   }
 }
 

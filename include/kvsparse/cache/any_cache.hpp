@@ -67,7 +67,7 @@ inline ScalarType scalar_type(std::string_view name) {
   for (std::size_t i = 0; i < std::size(scalar_type_names); ++i) {
     if (scalar_type_names[i] == name) return static_cast<ScalarType>(i);
   }
-  KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16"));
+  KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16, int8"));
 }
 
 namespace detail {
@@ -109,7 +109,7 @@ class AnyCache {
   }
 
   /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
-  /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all three unless
+  /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all four unless
   /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
   template <class Policy, StorageScalar... Scalars>
   static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
@@ -140,13 +140,27 @@ class AnyCache {
   void clear() noexcept { cache_->clear(); }
 
   Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp = {}) noexcept {
-    return cache_->attend(q, out, log_sum_exp);
+    return attend(q, out, log_sum_exp, SerialExecutor{});
   }
   Status attend(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp = {}) noexcept {
-    return cache_->attend_flat(q, out, log_sum_exp);
+    return attend(q, out, log_sum_exp, SerialExecutor{});
   }
   Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept {
-    return cache_->attend_prompt(q, out);
+    return attend_prompt(q, out, SerialExecutor{});
+  }
+  template <Executor E>
+  Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp,
+                E&& executor) noexcept(is_nothrow_executor<E>) {
+    return cache_->attend(q, out, log_sum_exp, executor);
+  }
+  template <Executor E>
+  Status attend(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp,
+                E&& executor) noexcept(is_nothrow_executor<E>) {
+    return cache_->attend_flat(q, out, log_sum_exp, executor);
+  }
+  template <Executor E>
+  Status attend_prompt(TokenRows<const float> q, TokenRows<float> out, E&& executor) noexcept(is_nothrow_executor<E>) {
+    return cache_->attend_prompt(q, out, executor);
   }
 
   CacheStats stats() const { return cache_->stats(); }
@@ -170,10 +184,11 @@ class AnyCache {
     virtual Status append_prompt_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
     virtual void end_prompt() noexcept = 0;
     virtual void clear() noexcept = 0;
-    virtual Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) noexcept = 0;
-    virtual Status attend_flat(std::span<const float> q, std::span<float> out,
-                               std::span<float> log_sum_exp) noexcept = 0;
-    virtual Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept = 0;
+    virtual Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp,
+                          ExecutorRef executor) = 0;
+    virtual Status attend_flat(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp,
+                               ExecutorRef executor) = 0;
+    virtual Status attend_prompt(TokenRows<const float> q, TokenRows<float> out, ExecutorRef executor) = 0;
     virtual CacheStats stats() const = 0;
     virtual std::size_t bytes_allocated() const = 0;
     virtual std::size_t object_bytes() const noexcept = 0;
@@ -200,14 +215,16 @@ class AnyCache {
     }
     void end_prompt() noexcept override { cache.end_prompt(); }
     void clear() noexcept override { cache.clear(); }
-    Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) noexcept override {
-      return kvsparse::attend(cache, q, out, log_sum_exp);
+    Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp,
+                  ExecutorRef executor) override {
+      return kvsparse::attend(cache, q, out, log_sum_exp, executor);
     }
-    Status attend_flat(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp) noexcept override {
-      return kvsparse::attend(cache, q, out, log_sum_exp);
+    Status attend_flat(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp,
+                       ExecutorRef executor) override {
+      return kvsparse::attend(cache, q, out, log_sum_exp, executor);
     }
-    Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept override {
-      return kvsparse::attend_prompt(cache, q, out);
+    Status attend_prompt(TokenRows<const float> q, TokenRows<float> out, ExecutorRef executor) override {
+      return kvsparse::attend_prompt(cache, q, out, executor);
     }
     CacheStats stats() const override { return cache.stats(); }
     std::size_t bytes_allocated() const override { return decltype(cache)::bytes_required(config(), cache.policy()); }
@@ -225,7 +242,7 @@ class AnyCache {
   static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config,
                                          std::span<const OptionSetting> settings) {
     if constexpr (sizeof...(Scalars) == 0) {
-      return make<Policy, float, Half, Bfloat16>(scalar, config, settings);
+      return make<Policy, float, Half, Bfloat16, Int8>(scalar, config, settings);
     } else {
       const Policy policy = with_settings<Policy>(settings);
       const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];

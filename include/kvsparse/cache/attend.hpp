@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs queries over a cache: per kv head select, read, record, observe.
+// Runs queries over a cache: per kv head select, read, record, observe. On one thread, or on those of an executor.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <span>
+#include <type_traits>
 
 #include "../attention/page_kernel.hpp"
+#include "../core/executor.hpp"
 #include "../core/shape_check.hpp"
 #include "paged_kv_cache.hpp"
 
@@ -39,71 +42,154 @@ inline void pad_queries(QueryGroup group, std::int64_t rotated_back, double thet
   }
 }
 
-/// Reads pages in runs that meet the query under the same rotation.
+/// Some query heads of a kv head's group, those that one selection serves.
+struct QueryBlock {
+  std::size_t kv_head;
+  std::size_t first_query;  // of the group
+  QueryGroup queries;
+};
+
+/// Reads range `range` of `reads` into the block's states of that range; the first range continues the head's states.
+/// Pages are read in runs that meet the query under the same rotation; where one rotates, only one thread may read the
+/// head. first_read: how many reads of this query came before `reads`.
 template <class Cache>
-void read_pages(const Cache& cache, QueryGroup queries, std::span<const PageRead> reads, std::span<SoftmaxState> states,
-                PageTap tap, float* padded, std::size_t row) {
+KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::span<const PageRead> reads,
+                                  std::size_t first_read, std::size_t range) {
+  AttendScratch& scratch = cache.scratch(block.kv_head);
+  const std::size_t group = block.queries.size;
+  const std::size_t begin = range * scratch.range_pages;
+  const std::size_t end = std::min(begin + scratch.range_pages, reads.size());
+  const std::span<SoftmaxState> states =
+      range == 0 ? scratch.states(0, block.first_query, group) : scratch.start(range, block.first_query, group);
+  const std::size_t row = round_up(block.queries.head_dim, query_padding);
+  float* padded = scratch.queries.data() + block.first_query * row;
+  PageTap tap = cache.tap(block.kv_head, first_read + begin);
   std::int64_t rotation = 0;
-  for (std::size_t first = 0; first < reads.size();) {
+  for (std::size_t first = begin; first < end;) {
     std::size_t last = first + 1;
-    while (last < reads.size() && reads[last].rotate_back == reads[first].rotate_back) ++last;
+    while (last < end && reads[last].rotate_back == reads[first].rotate_back) ++last;
     if (reads[first].rotate_back != rotation) {
       rotation = reads[first].rotate_back;
-      pad_queries(queries, rotation, cache.config().rope_theta, padded, row);
+      pad_queries(block.queries, rotation, cache.config().rope_theta, padded, row);
     }
     attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap);
-    tap.advance(last - first, queries.size);
+    tap.advance(last - first, group);
     first = last;
   }
-  if (rotation != 0) pad_queries(queries, 0, cache.config().rope_theta, padded, row);
+  if (rotation != 0) pad_queries(block.queries, 0, cache.config().rope_theta, padded, row);
 }
 
-/// The query group of one kv head over the tokens before `end`; out: its rows of the output.
+/// One query of each query head over the tokens before `end`. Each kv head goes through begin, read its ranges and
+/// finish; how these are spread over threads changes no bit, because a range is a range for one thread as for many, and
+/// a head's ranges are merged in their order.
 template <class Cache>
-void attend_head(Cache& cache, std::size_t kv_head, QueryGroup group, Position end, HeadRows<float> out, float* lse) {
-  AttendScratch& scratch = cache.scratch(kv_head);
-  const std::size_t row = round_up(group.head_dim, query_padding);
-  cache.begin_query(kv_head, end);
-  const std::size_t block = cache.queries_per_selection(kv_head);
-  pad_queries(group, 0, 0.0, scratch.queries.data(), row);
-  std::fill(scratch.accumulators.begin(), scratch.accumulators.end(), 0.0F);
-  for (std::size_t q = 0; q < group.size; ++q) {
-    scratch.states[q] = SoftmaxState{};
-    scratch.states[q].accumulator = scratch.accumulators.data() + q * row;
-  }
-  for (std::size_t first = 0; first < group.size; first += block) {
-    QueryGroup queries = group;
-    queries.data = group[first].data();
-    queries.size = block;
-    const std::span<SoftmaxState> states(scratch.states.data() + first, block);
-    float* padded = scratch.queries.data() + first * row;
-    std::size_t seen = 0;
-    for (auto reads = cache.select(kv_head, queries); !reads.empty();
-         reads = cache.select_more(kv_head, queries, states)) {
-      read_pages(cache, queries, reads, states, cache.tap(kv_head, seen), padded, row);
-      seen += reads.size();
+class AttendStep {
+ public:
+  AttendStep(Cache& cache, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end)
+      : cache_(cache), q_(q), out_(out), lse_(lse), end_(end) {}
+
+  void run(ExecutorRef executor) const {
+    const std::size_t heads = cache_.geometry().kv_heads;
+    const auto whole_head = [this](std::size_t h) noexcept {
+      begin(h);
+      finish(h, false);
+    };
+    if (heads_are_enough(executor.concurrency(), heads)) {
+      executor(heads, whole_head);
+    } else {
+      const auto begin_head = [this](std::size_t h) noexcept {
+        begin(h);
+        AttendScratch& scratch = cache_.scratch(h);
+        const auto is_plain = [](const PageRead& read) { return read.rotate_back == 0; };
+        scratch.reads_may_be_shared = std::all_of(scratch.reads.begin(), scratch.reads.end(), is_plain);
+      };
+      executor(heads, begin_head);
+      std::size_t most = 0;
+      for (std::size_t h = 0; h < heads; ++h) most = std::max(most, shared_ranges(h));
+      const auto read = [this, most](std::size_t task) noexcept {
+        const std::size_t h = task / most;
+        const std::size_t range = task % most;
+        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.scratch(h).reads, 0, range);
+      };
+      if (most > 1) executor(heads * most, read);
+      const auto finish_head = [this, most](std::size_t h) noexcept { finish(h, most > 1 && shared_ranges(h) > 0); };
+      executor(heads, finish_head);
     }
-    cache.add_residual(kv_head, queries, states);
-    cache.record(kv_head, first, states);
+    cache_.end_step();
   }
-  for (std::size_t q = 0; q < group.size; ++q) {
-    normalise(scratch.states[q], out.row(q), group.head_dim);
-    if (lse != nullptr) lse[q] = scratch.states[q].log_sum_exp();
-  }
-  cache.observe(kv_head, group);
-}
 
-template <class Cache>
-void attend_all_heads(Cache& cache, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end) {
-  const Geometry& geometry = cache.geometry();
-  const std::size_t group = geometry.group();
-  for (std::size_t h = 0; h < geometry.kv_heads; ++h) {
-    const QueryGroup queries{q.row(h * group), group, geometry.head_dim, q.head_stride, cache.softmax_scale()};
-    const HeadRows<float> rows{out.row(h * group), group, geometry.head_dim, out.head_stride};
-    attend_head(cache, h, queries, end, rows, lse == nullptr ? nullptr : lse + h * group);
+ private:
+  /// Whether there is no use in sharing a head: all are short, or whole heads keep the threads busy, of whose time an
+  /// eighth may be lost where they do not divide evenly.
+  bool heads_are_enough(std::size_t threads, std::size_t heads) const {
+    std::size_t longest = 0;
+    for (std::size_t h = 0; h < heads; ++h) longest = std::max(longest, cache_.resident_tokens(h));
+    if (longest <= range_tokens) return true;
+    return threads != 0 && 8 * (round_up(heads, threads) - heads) <= heads;
   }
-  cache.end_step();
-}
+
+  QueryBlock whole_group(std::size_t kv_head) const {
+    const std::size_t group = cache_.geometry().group();
+    return {kv_head,
+            0,
+            {q_.row(kv_head * group), group, cache_.geometry().head_dim, q_.head_stride, cache_.softmax_scale()}};
+  }
+
+  std::size_t shared_ranges(std::size_t kv_head) const {
+    const AttendScratch& scratch = cache_.scratch(kv_head);
+    return scratch.reads_may_be_shared ? scratch.ranges(scratch.reads.size()) : 0;
+  }
+
+  KVSPARSE_NOINLINE void begin(std::size_t kv_head) const {
+    AttendScratch& scratch = cache_.scratch(kv_head);
+    const QueryGroup group = whole_group(kv_head).queries;
+    cache_.begin_query(kv_head, end_);
+    pad_queries(group, 0, 0.0, scratch.queries.data(), round_up(group.head_dim, query_padding));
+    scratch.start(0, 0, group.size);
+    // Where each query head selects for itself, the next selection overwrites the one before: all of it is finish's.
+    const bool together = cache_.queries_per_selection(kv_head) == group.size;
+    scratch.reads = together ? cache_.select(kv_head, group) : std::span<const PageRead>();
+  }
+
+  /// ranges_are_read: those of the first selection are, and wait to be merged.
+  KVSPARSE_NOINLINE void finish(std::size_t kv_head, bool ranges_are_read) const {
+    AttendScratch& scratch = cache_.scratch(kv_head);
+    const QueryGroup group = whole_group(kv_head).queries;
+    const std::size_t size = cache_.queries_per_selection(kv_head);
+    for (std::size_t first = 0; first < group.size; first += size) {
+      QueryBlock block{kv_head, first, group};
+      block.queries.data = group[first].data();
+      block.queries.size = size;
+      const std::span<SoftmaxState> states = scratch.states(0, first, size);
+      auto reads = size == group.size ? scratch.reads : cache_.select(kv_head, block.queries);
+      for (std::size_t seen = 0; !reads.empty();) {
+        for (std::size_t range = 0; range < scratch.ranges(reads.size()); ++range) {
+          if (!ranges_are_read) read_range(cache_, block, reads, seen, range);
+          if (range == 0) continue;
+          const std::span<const SoftmaxState> part = scratch.states(range, first, size);
+          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], group.head_dim);
+        }
+        ranges_are_read = false;
+        seen += reads.size();
+        reads = cache_.select_more(kv_head, block.queries, states);
+      }
+      cache_.add_residual(kv_head, block.queries, states);
+      cache_.record(kv_head, first, states);
+    }
+    for (std::size_t q = 0; q < group.size; ++q) {
+      const SoftmaxState& state = scratch.states(0, q, 1)[0];
+      normalise(state, out_.row(kv_head * group.size + q), group.head_dim);
+      if (lse_ != nullptr) lse_[kv_head * group.size + q] = state.log_sum_exp();
+    }
+    cache_.observe(kv_head, group);
+  }
+
+  Cache& cache_;
+  HeadRows<const float> q_;
+  HeadRows<float> out_;
+  float* lse_;
+  Position end_;
+};
 
 }  // namespace detail
 
@@ -111,9 +197,15 @@ void attend_all_heads(Cache& cache, HeadRows<const float> q, HeadRows<float> out
 /// that token included, and shows the policy the evidence. out: [query_heads, head_dim]; log_sum_exp: [query_heads] or
 /// empty. O(tokens read * head_dim * group) per kv head, plus the policy's selection. Refuses wrong shapes and an empty
 /// cache.
-template <class Policy, StorageScalar Scalar>
-Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, HeadRows<float> out,
-              std::span<float> log_sum_exp = {}) noexcept {
+///
+/// The executor's threads share the kv heads and, where these are too few for them, also ranges of 1024 tokens of a
+/// head. Bits do not depend on the executor: the serial overloads do the same sums in the same order. Policies are
+/// called for one head by one thread at a time, for different heads at the same time. Throws what the executor throws,
+/// and is noexcept when the executor is. Then `out` is unspecified, and the policy may have observed this query for
+/// some heads and not for others; the cache is as good as before, and attending again is fine.
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
+              std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
   const std::size_t query_heads = cache.geometry().query_heads;
   if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
   if (const Status status = check_rows(q, query_heads, cache.geometry()); !status) return status;
@@ -121,25 +213,39 @@ Status attend(PagedKvCache<Policy, Scalar>& cache, HeadRows<const float> q, Head
   if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
     return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
   }
-  detail::attend_all_heads(cache, q, out, log_sum_exp.empty() ? nullptr : log_sum_exp.data(), cache.next_position());
+  float* lse = log_sum_exp.empty() ? nullptr : log_sum_exp.data();
+  detail::AttendStep(cache, q, out, lse, cache.next_position()).run(executor);
   return {};
 }
 /// The same over contiguous rows.
-template <class Policy, StorageScalar Scalar>
-Status attend(PagedKvCache<Policy, Scalar>& cache, std::span<const float> q, std::span<float> out,
-              std::span<float> log_sum_exp = {}) noexcept {
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q, std::span<float> out,
+              std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
   const Geometry& geometry = cache.geometry();
   if (const Status status = check_size(q.size(), geometry.query_heads, geometry); !status) return status;
   if (const Status status = check_size(out.size(), geometry.query_heads, geometry); !status) return status;
   return attend(cache, HeadRows<const float>(q.data(), geometry.query_heads, geometry.head_dim),
-                HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp);
+                HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp, executor);
+}
+/// The same on the calling thread.
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
+              std::span<float> log_sum_exp = {}) noexcept {
+  return attend(cache, q, out, log_sum_exp, SerialExecutor{});
+}
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q, std::span<float> out,
+              std::span<float> log_sum_exp = {}) noexcept {
+  return attend(cache, q, out, log_sum_exp, SerialExecutor{});
 }
 
 /// Attends causally, in order, with the queries of the newest q.tokens tokens: query i sees the tokens up to its own.
 /// q, out: [tokens, query_heads, head_dim]. Tokens that were evicted while the chunk was appended are gone for its
-/// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token.
-template <class Policy, StorageScalar Scalar>
-Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float> q, TokenRows<float> out) noexcept {
+/// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. The
+/// executor is used, and may throw, as in attend, query by query.
+template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
+Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out,
+                     E&& executor) noexcept(is_nothrow_executor<E>) {
   const auto length = static_cast<std::size_t>(cache.next_position().value);
   if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
   if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
@@ -148,9 +254,14 @@ Status attend_prompt(PagedKvCache<Policy, Scalar>& cache, TokenRows<const float>
   if (const Status status = check_rows(out, cache.geometry().query_heads, cache.geometry()); !status) return status;
   for (std::size_t token = 0; token < q.tokens; ++token) {
     const Position end = Position{0} + (length - q.tokens + token + 1);
-    detail::attend_all_heads(cache, q.token(token), out.token(token), nullptr, end);
+    detail::AttendStep(cache, q.token(token), out.token(token), nullptr, end).run(executor);
   }
   return {};
+}
+/// The same on the calling thread.
+template <class Policy, StorageScalar Key, StorageScalar Value>
+Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out) noexcept {
+  return attend_prompt(cache, q, out, SerialExecutor{});
 }
 
 }  // namespace kvsparse

@@ -15,16 +15,10 @@
 #include "../attention/page_kernel.hpp"
 #include "../memory/page_table.hpp"
 #include "../policy/policy.hpp"
+#include "attend_scratch.hpp"
 #include "cache_config.hpp"
 
 namespace kvsparse::detail {
-
-/// Working memory of attend() for the query heads of one kv head.
-struct AttendScratch {
-  std::vector<float> queries;        // [group, padded head_dim] scaled
-  std::vector<float> accumulators;   // [group, padded head_dim]
-  std::vector<SoftmaxState> states;  // [group]
-};
 
 /// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
 struct HeadSizes {
@@ -68,8 +62,8 @@ struct HeadStore {
            Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
            n.trimmed * sizeof(PageIndex) +
            sizeof(float) * (3 * n.mass + (n.mass == 0 ? 0 : 2 * query_padding) + n.token_mass + 2 * n.token_weights +
-                            n.scratch + n.padded_queries + n.query_window + n.group + 2 * n.group * n.row) +
-           n.group * sizeof(SoftmaxState);
+                            n.scratch + n.padded_queries + n.query_window + n.group) +
+           AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
   }
 
   // --- pages ---
@@ -120,7 +114,8 @@ struct HeadStore {
 
   void begin_query(Position end, std::size_t group) {
     query_end = end;
-    read_count = read_tokens = skipped_tokens = 0;
+    read_count = read_tokens = 0;
+    skipped_tokens = table.resident_tokens();  // less the pages that record() sees, so that nothing walks all pages
     std::fill(was_read_.begin(), was_read_.end(), std::uint8_t{0});
     if (!mass.empty()) std::fill_n(mass.begin(), table.size() * group, -1.0F);
     if (!read_masks.empty()) std::fill(read_masks.begin(), read_masks.end(), std::uint64_t{0});
@@ -183,16 +178,7 @@ struct HeadStore {
   }
 
   void finish_query(QueryGroup group) {
-    skipped_tokens = 0;
-    for (std::uint32_t page = 0; page < table.size(); ++page) {
-      if (was_read_[page] == 0) {
-        skipped_tokens += table[{page}].tokens;
-      } else if (!read_masks.empty()) {
-        for (std::uint32_t slot = 0; slot < table[{page}].tokens; ++slot) {
-          skipped_tokens += was_read({page}, {slot}) ? 0 : 1;
-        }
-      }
-    }
+    if (!read_masks.empty()) count_skipped_tokens();
     if (query_window.empty()) return;
     const std::size_t row = group.size * group.head_dim;
     float* at = query_window.data() + (queries_seen % (query_window.size() / row)) * row;
@@ -254,8 +240,7 @@ struct HeadStore {
         trimmed(n.trimmed),
         selection(n.selected, page_size, n.masks > 0),
         reads(n.pages),
-        attend_scratch{std::vector<float>(n.group * n.row), std::vector<float>(n.group * n.row),
-                       std::vector<SoftmaxState>(n.group)},
+        attend_scratch(n.pages, page_size, n.group, n.row),
         was_read_(n.pages),
         read_masks(n.masks),
         mass(n.mass),
@@ -275,6 +260,7 @@ struct HeadStore {
     const std::size_t words = read_masks.empty() ? 0 : read_masks.size() / was_read_.size();
     for (std::size_t r = 0; r < read_count; ++r) {
       const PageRead& read = reads[r];
+      if (was_read_[read.index.value] == 0) skipped_tokens -= table[read.index].tokens;
       was_read_[read.index.value] = 1;
       std::size_t tokens = 0;
       for (std::size_t w = 0; w < words; ++w) {
@@ -283,6 +269,16 @@ struct HeadStore {
         tokens += static_cast<std::size_t>(std::popcount(mask));
       }
       read_tokens += read.token_mask == nullptr ? read.tokens : tokens;
+    }
+  }
+
+  /// Token by token, where a page may be read in part.
+  void count_skipped_tokens() {
+    skipped_tokens = 0;
+    for (std::uint32_t page = 0; page < table.size(); ++page) {
+      for (std::uint32_t slot = 0; slot < table[{page}].tokens; ++slot) {
+        skipped_tokens += was_read({page}, {slot}) ? 0 : 1;
+      }
     }
   }
 

@@ -6,23 +6,26 @@
 #include <cstddef>
 #include <span>
 
+#include "../memory/page_bounds.hpp"
 #include "../memory/page_pool.hpp"
 #include "../memory/page_summary.hpp"
 #include "../policy/head_view.hpp"
 
 namespace kvsparse {
 
-template <StorageScalar Scalar>
+template <StorageScalar Key, StorageScalar Value>
 struct PageStore {
+  using Pool = PagePool<Key, Value>;
+  using Summaries = PageSummaries<SummaryScalar<Key>>;
+
   PageStore(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : pool(geometry, pages), summaries(geometry, kind, pages) {}
 
   static std::size_t bytes_required(const Geometry& geometry, PageSummary kind, std::size_t pages) {
-    return PagePool<Scalar>::bytes_required(geometry, pages) +
-           pages * PageSummaries<Scalar>::bytes_per_page(geometry, kind);
+    return Pool::bytes_required(geometry, pages) + pages * Summaries::bytes_per_page(geometry, kind);
   }
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
-    return PagePool<Scalar>::bytes_per_page(geometry) + PageSummaries<Scalar>::bytes_per_page(geometry, kind);
+    return Pool::bytes_per_page(geometry) + Summaries::bytes_per_page(geometry, kind);
   }
 
   static RowAccess row_access() {
@@ -41,14 +44,14 @@ struct PageStore {
       std::copy_n(of(store).summaries.sum(page), sum.size(), sum.begin());
     };
     access.upper_bounds = [](const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
-                             std::span<float> padded_queries, std::span<float> bounds) {
-      page_upper_bounds(of(store).summaries, pages, queries, padded_queries, bounds);
+                             BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) {
+      page_upper_bounds(of(store).summaries, pages, queries, pooling, padded_queries, bounds);
     };
     return access;
   }
 
-  PagePool<Scalar> pool;
-  PageSummaries<Scalar> summaries;
+  Pool pool;
+  Summaries summaries;
 
  private:
   static const PageStore& of(const void* store) { return *static_cast<const PageStore*>(store); }

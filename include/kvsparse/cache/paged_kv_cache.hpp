@@ -17,18 +17,19 @@
 
 namespace kvsparse {
 
-/// Thread safety: distinct caches are independent. Of one cache, `append`, `append_prompt`, `end_prompt` and `clear`
-/// are exclusive; the verbs that take a kv head (select, record, observe) may run at the same time for different heads,
-/// except for policies of layer scope whose end_step is exclusive. Const members may run at the same time as one
-/// another. After construction no verb of the decode step allocates, throws or locks. Copying copies pages, policy
-/// state and all.
-template <class Policy, StorageScalar Scalar = float>
+/// Thread safety: distinct caches are independent. Of one cache, `append`, `append_prompt`, `end_prompt`, `clear` and
+/// attend, which may use an executor's threads inside, are exclusive; the verbs that take a kv head (select, record,
+/// observe) may run at the same time for different heads, and end_step is exclusive. Const members may run at the same
+/// time as one another. After construction no verb of the decode step allocates, throws or locks. Copying copies pages,
+/// policy state and all.
+template <class Policy, StorageScalar Key = float, StorageScalar Value = Key>
 class PagedKvCache {
   static constexpr detail::ContractCheck<Policy> contract{};
 
  public:
   using policy_type = Policy;
-  using scalar_type = Scalar;
+  using key_type = Key;
+  using value_type = Value;
 
   /// Allocates everything the cache will ever use: bytes_required(config, policy). Throws ConfigError.
   explicit PagedKvCache(const CacheConfig& config, Policy policy = {})
@@ -38,7 +39,7 @@ class PagedKvCache {
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     const std::size_t pages = plan.page_capacity * plan.geometry.kv_heads;
-    return PageStore<Scalar>::bytes_required(plan.geometry, traits::page_summary(policy), pages) +
+    return PageStore<Key, Value>::bytes_required(plan.geometry, traits::page_summary(policy), pages) +
            plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy));
   }
 
@@ -61,7 +62,7 @@ class PagedKvCache {
   /// When it opens a page beyond the budget, each head first gives up the page its policy names. O(kv_heads *
   /// head_dim), plus the policy's victim search once a page. Refuses wrong shapes and, for policies that keep
   /// everything, max_tokens.
-  template <StorableAs<Scalar> Row>
+  template <StorableAs<Key, Value> Row>
   Status append(HeadRows<const Row> k, HeadRows<const Row> v) noexcept {
     if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
@@ -79,7 +80,7 @@ class PagedKvCache {
   }
 
   /// Appends a chunk of the prompt; k, v: [tokens, kv_heads, head_dim]. Any number of chunks. Takes all or nothing.
-  template <StorableAs<Scalar> Row>
+  template <StorableAs<Key, Value> Row>
   Status append_prompt(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
     using Code = Status::Code;
     if (prompt_ended_) return {Code::prompt_ended, next_index(), prompt_tokens_};
@@ -155,7 +156,7 @@ class PagedKvCache {
 
   /// What one resident page of one kv head costs: keys, values, summary, policy state.
   std::size_t bytes_per_resident_page() const {
-    return PageStore<Scalar>::bytes_per_page(geometry(), store_.summaries.kind()) + Head::page_state_bytes;
+    return PageStore<Key, Value>::bytes_per_page(geometry(), store_.summaries.kind()) + Head::page_state_bytes;
   }
 
   /// The positions a head holds, ascending. Allocates.
@@ -170,7 +171,7 @@ class PagedKvCache {
 
   // --- the decode step, head by head: what attend() is made of, for an engine with a kernel of its own ---
 
-  PagedKv<Scalar, Scalar> pages() const { return store_.pool.view(); }
+  PagedKv<Key, Value> pages() const { return store_.pool.view(); }
 
   /// Starts a query of the token before `end`: forgets the previous query's evidence.
   void begin_query(std::size_t kv_head, Position end) noexcept { heads_[kv_head].begin_query(end, geometry().group()); }
@@ -260,7 +261,7 @@ class PagedKvCache {
   PagedKvCache(const CacheConfig& config, Policy policy, const detail::CachePlan& plan)
       : config_(config),
         policy_(policy),
-        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, PageStore<Scalar>::row_access()},
+        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, PageStore<Key, Value>::row_access()},
         scale_(plan.scale),
         configured_page_budget_(plan.page_budget),
         page_capacity_(plan.page_capacity),
@@ -413,7 +414,7 @@ class PagedKvCache {
   std::size_t page_capacity_;
   std::size_t sink_pages_;
   std::size_t decode_pages_;
-  PageStore<Scalar> store_;
+  PageStore<Key, Value> store_;
   std::vector<Head> heads_;
   LayerState<Policy> layer_state_{};
   Position next_;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one small layer under the kernels: a vector of floats as wide as the target has, loads that widen f16 and bf16,
+// The one small layer under the kernels: a vector of floats as wide as the target has, loads that widen f16, bf16 and int8,
 // and exp. Compiler vector extensions give the arithmetic on every target; intrinsics appear only where the compilers
 // have no portable word for an instruction (f16 conversion, fused multiply-add).
 #pragma once
@@ -56,6 +56,7 @@ KVSPARSE_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+/// The larger one; b where one of them is NaN.
 KVSPARSE_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 KVSPARSE_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
@@ -65,13 +66,37 @@ KVSPARSE_INLINE Floats load(const float* p) {
   return v;
 }
 
+KVSPARSE_INLINE Ints load(const std::int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+/// The same value, which the compiler must now hold in a register instead of loading it again at every use.
+KVSPARSE_INLINE Floats in_register(Floats v) {
+#if defined(__AVX__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 KVSPARSE_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+KVSPARSE_INLINE void store(std::int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
+
+KVSPARSE_INLINE float widened(float element) { return element; }
+KVSPARSE_INLINE float widened(Half element) { return static_cast<float>(element); }
+KVSPARSE_INLINE float widened(Bfloat16 element) { return static_cast<float>(element); }
+KVSPARSE_INLINE float widened(Int8 element) { return static_cast<float>(element.steps); }
 
 /// Widens `count` stored elements one by one: the fallback for targets without a conversion instruction, and for tails.
 template <class Scalar>
 KVSPARSE_INLINE Floats load_elements(const Scalar* p, std::size_t count) {
   float elements[lanes] = {};
-  for (std::size_t i = 0; i < count; ++i) elements[i] = static_cast<float>(p[i]);
+  for (std::size_t i = 0; i < count; ++i) elements[i] = widened(p[i]);
   return load(elements);
 }
 
@@ -94,6 +119,20 @@ KVSPARSE_INLINE Floats load(const Bfloat16* p) {
   return bits_as<Floats>(__builtin_convertvector(stored, Ints) << 16);
 }
 
+/// Steps, not yet multiplied by the row's scale.
+KVSPARSE_INLINE Floats load(const Int8* p) {
+#if KVSPARSE_AVX512
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef std::int8_t Steps __attribute__((vector_size(lanes)));
+  Steps stored;
+  std::memcpy(&stored, p, sizeof stored);
+  return __builtin_convertvector(__builtin_convertvector(stored, Ints), Floats);
+#endif
+}
+
 /// The last row_padding = 8 elements of a row whose stride is no multiple of `lanes`; the upper lanes are zero.
 template <class Scalar>
 KVSPARSE_INLINE Floats load_half_row(const Scalar* p) {
@@ -102,8 +141,10 @@ KVSPARSE_INLINE Floats load_half_row(const Scalar* p) {
     __m256 half;
     if constexpr (std::same_as<Scalar, float>) {
       half = _mm256_loadu_ps(p);
-    } else {
+    } else if constexpr (std::same_as<Scalar, Half>) {
       half = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    } else {
+      half = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     }
     return __builtin_shufflevector(half, __m256{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
@@ -129,13 +170,15 @@ KVSPARSE_INLINE void store(Bfloat16* p, Floats v) {
 /// e^x for x <= 0, the softmax's range, to about 1 ulp; below the smallest normal float the result is 0, and NaN stays
 /// NaN. Cephes' reduction and polynomial: x = n ln 2 + r with |r| <= ln 2 / 2.
 KVSPARSE_INLINE Floats exp_nonpositive(Floats x) {
-  constexpr float smallest = -87.3365402F;
-  const Floats lowest = broadcast(smallest);
-  const Floats clamped = x > lowest ? x : lowest;
-  const Ints n = __builtin_convertvector(clamped * 1.44269504F - 0.5F, Ints);
-  const Floats n_float = __builtin_convertvector(n, Floats);
-  Floats r = fma(n_float, broadcast(-0.693359375F), clamped);
-  r = fma(n_float, broadcast(2.12194440e-4F), r);
+  const Floats lowest = broadcast(-87.3365402F);
+  const Floats clamped = max(lowest, x);
+  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits; with the 127 they are 2^n's exponent.
+  constexpr float round = 12582912.0F + 127.0F;
+  const Floats shifted =
+      in_register(fma(clamped, broadcast(1.44269504F), broadcast(round)));  // -ffast-math would undo it
+  const Floats n = shifted - round;
+  Floats r = fma(n, broadcast(-0.693359375F), clamped);
+  r = fma(n, broadcast(2.12194440e-4F), r);
   Floats p = broadcast(1.9875691500e-4F);
   p = fma(p, r, broadcast(1.3981999507e-3F));
   p = fma(p, r, broadcast(8.3334519073e-3F));
@@ -143,9 +186,8 @@ KVSPARSE_INLINE Floats exp_nonpositive(Floats x) {
   p = fma(p, r, broadcast(1.6666665459e-1F));
   p = fma(p, r, broadcast(5.0000001201e-1F));
   p = fma(p, r * r, r) + 1.0F;
-  const Floats power = bits_as<Floats>((n + 127) << 23);
-  const Floats zero_or_nan = x < lowest ? Floats{} : x;
-  return x >= lowest ? p * power : zero_or_nan;
+  const Floats power = bits_as<Floats>(bits_as<Ints>(shifted) << 23);
+  return x < lowest ? Floats{} : p * power;
 }
 
 // Sums across lanes. The single sum and the sum of many vectors at once add the same lanes in the same order, so a dot

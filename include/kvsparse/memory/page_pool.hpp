@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One arena of pages, allocated once. A page belongs to one kv head and holds its keys [page_size, row_stride], then
-// its values [page_size, row_stride]; evicting a page gives its memory back here at once.
+// One arena of pages, allocated once. A page belongs to one kv head and holds the stored rows of its keys, then those
+// of its values; evicting a page gives its memory back here at once.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 #include "../config.hpp"
 #include "../core/geometry.hpp"
-#include "../core/simd.hpp"
+#include "../core/stored_row.hpp"
 #include "../core/views.hpp"
 
 namespace kvsparse {
@@ -62,29 +62,22 @@ class AlignedArray {
   std::size_t size_ = 0;
 };
 
-template <StorageScalar Scalar>
+template <StorageScalar Key, StorageScalar Value = Key>
 class PagePool {
  public:
   /// Allocates `pages` pages. Complexity: O(pages), none of the pages' memory is touched.
   PagePool(const Geometry& geometry, std::size_t pages)
-      : row_stride_(geometry.row_stride()),
-        head_dim_(geometry.head_dim),
-        plane_(geometry.page_size * geometry.row_stride()),
-        storage_(2 * plane_ * pages) {
+      : head_dim_(geometry.head_dim), page_size_(geometry.page_size), storage_(pages * bytes_per_page(geometry)) {
     free_.reserve(pages);
     refill(pages);
   }
 
   PagePool(const PagePool& other)
-      : row_stride_(other.row_stride_),
-        head_dim_(other.head_dim_),
-        plane_(other.plane_),
-        storage_(other.storage_.size()) {
+      : head_dim_(other.head_dim_), page_size_(other.page_size_), storage_(other.storage_.size()) {
     free_.reserve(other.free_.capacity());
     free_ = other.free_;
     // Copies what was ever handed out; pages beyond have never been written.
-    std::memcpy(static_cast<void*>(storage_.data()), other.storage_.data(),
-                other.touched_ * 2 * plane_ * sizeof(Scalar));
+    std::memcpy(storage_.data(), other.storage_.data(), other.touched_ * page_bytes());
     touched_ = other.touched_;
   }
   PagePool& operator=(const PagePool& other) {
@@ -98,10 +91,10 @@ class PagePool {
     return pages * (bytes_per_page(geometry) + sizeof(PageId));
   }
   static std::size_t bytes_per_page(const Geometry& geometry) {
-    return 2 * geometry.page_size * geometry.row_stride() * sizeof(Scalar);
+    return geometry.page_size * (row_bytes<Key>(geometry.head_dim) + row_bytes<Value>(geometry.head_dim));
   }
 
-  std::size_t page_count() const { return storage_.size() / (2 * plane_); }
+  std::size_t page_count() const { return storage_.size() / page_bytes(); }
   std::size_t free_pages() const { return free_.size(); }
 
   /// Hands out the page given back last, or the lowest never used: positions that arrive together lie together.
@@ -119,50 +112,44 @@ class PagePool {
   /// Takes every page back.
   void clear() { refill(page_count()); }
 
-  Scalar* key_row(PageId page, Slot slot) { return storage_.data() + row_offset(page, slot); }
-  Scalar* value_row(PageId page, Slot slot) { return storage_.data() + plane_ + row_offset(page, slot); }
-  const Scalar* key_row(PageId page, Slot slot) const { return storage_.data() + row_offset(page, slot); }
-  const Scalar* value_row(PageId page, Slot slot) const { return storage_.data() + plane_ + row_offset(page, slot); }
+  Key* key_row(PageId page, Slot slot) { return keys(page) + slot.value * stored_row_size<Key>(head_dim_); }
+  Value* value_row(PageId page, Slot slot) { return values(page) + slot.value * stored_row_size<Value>(head_dim_); }
+  const Key* key_row(PageId page, Slot slot) const { return const_cast<PagePool*>(this)->key_row(page, slot); }
+  const Value* value_row(PageId page, Slot slot) const { return const_cast<PagePool*>(this)->value_row(page, slot); }
 
-  PagedKv<Scalar, Scalar> view() const {
-    return {storage_.data(), storage_.data() + plane_, 2 * plane_, 2 * plane_, row_stride_, row_stride_, head_dim_};
+  PagedKv<Key, Value> view() const {
+    auto* self = const_cast<PagePool*>(this);
+    return {self->keys({0}),
+            self->values({0}),
+            page_bytes() / sizeof(Key),
+            page_bytes() / sizeof(Value),
+            stored_row_size<Key>(head_dim_),
+            stored_row_size<Value>(head_dim_),
+            head_dim_};
   }
 
  private:
-  std::size_t row_offset(PageId page, Slot slot) const {
-    return std::size_t{page.value} * 2 * plane_ + slot.value * row_stride_;
+  // Rows are whole multiples of 8 bytes, so that either type's strides within a page are whole.
+  template <class Scalar>
+  static std::size_t row_bytes(std::size_t head_dim) {
+    return stored_row_size<Scalar>(head_dim) * sizeof(Scalar);
+  }
+  std::size_t page_bytes() const { return page_size_ * (row_bytes<Key>(head_dim_) + row_bytes<Value>(head_dim_)); }
+  Key* keys(PageId page) { return reinterpret_cast<Key*>(storage_.data() + page.value * page_bytes()); }
+  Value* values(PageId page) {
+    return reinterpret_cast<Value*>(storage_.data() + page.value * page_bytes() +
+                                    page_size_ * row_bytes<Key>(head_dim_));
   }
   void refill(std::size_t pages) {
     free_.clear();
     for (std::size_t page = pages; page > 0; --page) free_.push_back({static_cast<std::uint32_t>(page - 1)});
   }
 
-  std::size_t row_stride_;
   std::size_t head_dim_;
-  std::size_t plane_;  // elements of a page's keys, and of its values
-  AlignedArray<Scalar> storage_;
+  std::size_t page_size_;
+  AlignedArray<std::byte> storage_;
   std::vector<PageId> free_;
   std::size_t touched_ = 0;
 };
-
-/// Stores a row of floats, or copies a row already stored as Scalar, and zeroes the padding behind head_dim.
-template <StorageScalar Scalar, class Element>
-void store_row(const Element* row, std::size_t head_dim, Scalar* stored) {
-  std::size_t i = 0;
-  if constexpr (std::same_as<Element, Scalar>) {
-    std::memcpy(static_cast<void*>(stored), row, head_dim * sizeof(Scalar));
-    i = head_dim;
-  } else {
-    for (; i + simd::lanes <= head_dim; i += simd::lanes) simd::store(stored + i, simd::load(row + i));
-    for (; i < head_dim; ++i) stored[i] = static_cast<Scalar>(row[i]);
-  }
-  for (; i < round_up(head_dim, row_padding); ++i) stored[i] = Scalar(0);
-}
-
-/// Widens a stored row into floats.
-template <StorageScalar Scalar>
-void load_row(const Scalar* stored, std::span<float> row) {
-  for (std::size_t i = 0; i < row.size(); ++i) row[i] = static_cast<float>(stored[i]);
-}
 
 }  // namespace kvsparse

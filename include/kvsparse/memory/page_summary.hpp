@@ -3,31 +3,48 @@
 // from the keys as stored, so that a bound on stored keys is a bound.
 #pragma once
 
-#include <algorithm>
+#include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <span>
+#include <type_traits>
 
-#include "../core/views.hpp"
 #include "page_pool.hpp"
-#include "page_table.hpp"
 
 namespace kvsparse {
 
 enum class PageSummary { none, min_max, mean };
 
-/// Summaries of every page of a pool: min_max in the storage type (two rows a page), mean as a running sum of floats.
+/// What the summaries of keys stored as Key are stored in. Steps of a row's own scale could not bound several rows.
+template <StorageScalar Key>
+using SummaryScalar = std::conditional_t<has_scale<Key>, Half, Key>;
+
+/// Summaries of every page of a pool: min_max as two rows of Scalar a page, mean as a running sum of floats.
+///
+/// A selector reads the summaries of one kv head after another, so they lie head-major, although page ids do not: heads
+/// open their pages in turn, and so head h gets the ids h, kv_heads + h, 2 kv_heads + h, ... until the first eviction.
+/// The place of a summary is that permutation of its page's id; afterwards it is still one place for each id.
 template <StorageScalar Scalar>
 class PageSummaries {
  public:
+  /// `pages` of all kv heads together, as many for each.
   PageSummaries(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : kind_(kind),
         row_stride_(geometry.row_stride()),
+        kv_heads_(static_cast<std::uint32_t>(geometry.kv_heads)),
+        pages_per_head_(pages / geometry.kv_heads),
         bounds_(kind == PageSummary::min_max ? 2 * row_stride_ * pages : 0),
-        sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {}
+        sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {
+    KVSPARSE_ASSERT(pages % geometry.kv_heads == 0);
+  }
 
   PageSummaries(const PageSummaries& other)
-      : kind_(other.kind_), row_stride_(other.row_stride_), bounds_(other.bounds_.size()), sums_(other.sums_.size()) {
+      : kind_(other.kind_),
+        row_stride_(other.row_stride_),
+        kv_heads_(other.kv_heads_),
+        pages_per_head_(other.pages_per_head_),
+        bounds_(other.bounds_.size()),
+        sums_(other.sums_.size()) {
     if (bounds_.size() != 0) {
       std::memcpy(static_cast<void*>(bounds_.data()), other.bounds_.data(), bounds_.size() * sizeof(Scalar));
     }
@@ -50,90 +67,62 @@ class PageSummaries {
   }
 
   PageSummary kind() const { return kind_; }
-  const Scalar* min(PageId page) const { return bounds_.data() + std::size_t{page.value} * 2 * row_stride_; }
+  /// Elements of a row: head_dim padded to row_padding.
+  std::size_t row_stride() const { return row_stride_; }
+  /// The page's lowest and highest elements, [row_stride()] each, one row behind the other.
+  const Scalar* min(PageId page) const { return bounds_.data() + place(page) * 2 * row_stride_; }
   const Scalar* max(PageId page) const { return min(page) + row_stride_; }
-  /// [head_dim] sum of the page's keys.
-  const float* sum(PageId page) const { return sums_.data() + std::size_t{page.value} * row_stride_; }
+  /// [row_stride()] sum of the page's keys.
+  const float* sum(PageId page) const { return sums_.data() + place(page) * row_stride_; }
 
-  /// Takes in a stored key. The first of a page starts its summary anew. O(head_dim).
-  void add_key(PageId page, const Scalar* key, bool first) {
+  /// Takes in a key as stored. What Scalar cannot hold exactly is rounded outwards, so that the bound stays one. The
+  /// first key of a page starts its summary anew. O(head_dim).
+  template <StorageScalar Key>
+  void add_key(PageId page, const Key* key, bool first) {
     if (kind_ == PageSummary::none) return;
+    const float scale = row_scale(key, row_stride_);  // head_dim, padded once more, is the same
     if (kind_ == PageSummary::mean) {
-      float* sum = sums_.data() + std::size_t{page.value} * row_stride_;
-      for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + static_cast<float>(key[i]);
+      float* sum = sums_.data() + place(page) * row_stride_;
+      for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + simd::widened(key[i]) * scale;
       return;
     }
-    Scalar* lowest = bounds_.data() + std::size_t{page.value} * 2 * row_stride_;
+    Scalar* lowest = bounds_.data() + place(page) * 2 * row_stride_;
     Scalar* highest = lowest + row_stride_;
-    if (first) {
+    if constexpr (!std::same_as<Key, Scalar>) {
+      for (std::size_t i = 0; i < row_stride_; ++i) {
+        const Scalar below = at_most<Scalar>(simd::widened(key[i]) * scale);
+        const Scalar above = at_least<Scalar>(simd::widened(key[i]) * scale);
+        if (first || below < lowest[i]) lowest[i] = below;
+        if (first || above > highest[i]) highest[i] = above;
+      }
+    } else if (first) {
       std::memcpy(static_cast<void*>(lowest), key, row_stride_ * sizeof(Scalar));
       std::memcpy(static_cast<void*>(highest), key, row_stride_ * sizeof(Scalar));
-      return;
-    }
-    std::size_t i = 0;
-    for (; i + simd::lanes <= row_stride_; i += simd::lanes) {
-      const simd::Floats element = simd::load(key + i);
-      simd::store(lowest + i, simd::min(element, simd::load(lowest + i)));
-      simd::store(highest + i, simd::max(element, simd::load(highest + i)));
-    }
-    for (; i < row_stride_; ++i) {
-      if (key[i] < lowest[i]) lowest[i] = key[i];
-      if (key[i] > highest[i]) highest[i] = key[i];
-    }
-  }
-
-  /// out[q] = sum_i max(q_i * min_i, q_i * max_i): no key of the page has a larger dot product with query q (Quest,
-  /// 2406.10774, section 3.3). `positive` and `negative` are the queries' parts above and below zero, [group,
-  /// row_stride padded]; with them the maximum needs no comparison: q_i > 0 takes the maximum key, q_i < 0 the minimum.
-  void upper_bounds(PageId page, const float* positive, const float* negative, std::size_t query_stride,
-                    std::span<float> out) const {
-    const Scalar* lowest = min(page);
-    const Scalar* highest = max(page);
-    for (std::size_t q = 0; q < out.size(); ++q) {
-      const float* above = positive + q * query_stride;
-      const float* below = negative + q * query_stride;
-      simd::Floats from_max{};
-      simd::Floats from_min{};
+    } else {
       std::size_t i = 0;
       for (; i + simd::lanes <= row_stride_; i += simd::lanes) {
-        from_max = simd::fma(simd::load(above + i), simd::load(highest + i), from_max);
-        from_min = simd::fma(simd::load(below + i), simd::load(lowest + i), from_min);
+        const simd::Floats element = simd::load(key + i);
+        simd::store(lowest + i, simd::min(element, simd::load(lowest + i)));
+        simd::store(highest + i, simd::max(element, simd::load(highest + i)));
       }
-      if constexpr (simd::lanes > row_padding) {
-        if (i < row_stride_) {
-          from_max = simd::fma(simd::load(above + i), simd::load_half_row(highest + i), from_max);
-          from_min = simd::fma(simd::load(below + i), simd::load_half_row(lowest + i), from_min);
-        }
+      for (; i < row_stride_; ++i) {
+        if (key[i] < lowest[i]) lowest[i] = key[i];
+        if (key[i] > highest[i]) highest[i] = key[i];
       }
-      out[q] = simd::sum(from_max + from_min);
     }
   }
 
  private:
+  std::size_t place(PageId page) const {
+    return std::size_t{page.value % kv_heads_} * pages_per_head_ + page.value / kv_heads_;
+  }
+
   PageSummary kind_;
   std::size_t row_stride_;
-  AlignedArray<Scalar> bounds_;
-  AlignedArray<float> sums_;
+  std::uint32_t kv_heads_;
+  std::size_t pages_per_head_;
+  AlignedArray<Scalar> bounds_;  // [kv_heads, pages_per_head, 2, row_stride]
+  AlignedArray<float> sums_;     // [kv_heads, pages_per_head, row_stride]
 };
-
-/// bounds[page * group + q] for every page given; padded_queries: [2, group, round_up(head_dim, 16)] working memory.
-/// O(pages * group * head_dim).
-template <StorageScalar Scalar>
-void page_upper_bounds(const PageSummaries<Scalar>& summaries, std::span<const ResidentPage> pages,
-                       const QueryGroup& queries, std::span<float> padded_queries, std::span<float> bounds) {
-  const std::size_t row = round_up(queries.head_dim, 16);
-  float* positive = padded_queries.data();
-  float* negative = padded_queries.data() + queries.size * row;
-  std::fill(padded_queries.begin(), padded_queries.end(), 0.0F);
-  for (std::size_t q = 0; q < queries.size; ++q) {
-    for (std::size_t i = 0; i < queries.head_dim; ++i) {
-      (queries[q][i] > 0.0F ? positive : negative)[q * row + i] = queries[q][i];
-    }
-  }
-  for (std::size_t page = 0; page < pages.size(); ++page) {
-    summaries.upper_bounds(pages[page].page, positive, negative, row,
-                           bounds.subspan(page * queries.size, queries.size));
-  }
-}
 
 }  // namespace kvsparse

@@ -16,6 +16,7 @@
 #include "../config.hpp"
 #include "../core/geometry.hpp"
 #include "../core/views.hpp"
+#include "../memory/page_bounds.hpp"
 #include "../memory/page_table.hpp"
 
 namespace kvsparse {
@@ -68,9 +69,9 @@ struct RowAccess {
   void (*load_value)(const void* store, PageId page, Slot slot, std::span<float> row) = nullptr;
   void (*load_bounds)(const void* store, PageId page, std::span<float> lowest, std::span<float> highest) = nullptr;
   void (*load_key_sum)(const void* store, PageId page, std::span<float> sum) = nullptr;
-  /// bounds[page * group + q] for the pages given, resident order.
+  /// bounds[page * group + q] for the pages given, resident order, or their largest for each page.
   void (*upper_bounds)(const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
-                       std::span<float> padded_queries, std::span<float> bounds) = nullptr;
+                       BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) = nullptr;
 };
 
 /// What is the same for all heads of a layer.
@@ -242,7 +243,11 @@ class HeadPages {
   /// bounds [size(), group]: no key of the page has a larger dot product (unscaled) with the query. Needs page_summary
   /// = min_max. O(size() * group * head_dim), at the bandwidth of the summaries.
   void upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
-    rows().upper_bounds(storage_.rows, table_pages(), queries, storage_.padded_queries, bounds);
+    rows().upper_bounds(storage_.rows, table_pages(), queries, BoundPooling::none, storage_.padded_queries, bounds);
+  }
+  /// bounds [size()]: the largest over the query group of upper_bounds, at no more than its cost.
+  void pooled_upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
+    rows().upper_bounds(storage_.rows, table_pages(), queries, BoundPooling::max, storage_.padded_queries, bounds);
   }
   /// The query group seen `age` attend calls ago (0: the one before the running one); needs the query_window trait.
   QueryGroup recent_queries(std::size_t age) const {

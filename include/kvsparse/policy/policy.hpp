@@ -49,6 +49,8 @@
 //
 // `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no open
 // page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is unknown, not zero.
+// With an executor, verbs of different heads run at the same time; those of one head never do, and those that take a LayerView
+// run alone.
 // Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork, rollback and snapshots.
 //
 // Why this is enough (each policy of the literature that we mean to write, and where it lives in the contract):

@@ -7,8 +7,6 @@
 // paper prefills densely: below the read budget the two are the same).
 #pragma once
 
-#include <algorithm>
-
 #include "policy.hpp"
 
 namespace kvsparse {
@@ -30,15 +28,10 @@ struct Quest {
   }
 
   void select(HeadView<Quest> head, QueryGroup queries, Selection& selection) const {
-    const std::span<float> bounds = head.scratch().first(head.size() * queries.size);
-    const std::span<float> pooled = head.scratch().subspan(bounds.size(), head.size());
-    head.upper_bounds(queries, bounds);
-    for (const PageIndex page : head.pages()) {
-      const auto of_page = bounds.subspan(page.value * queries.size, queries.size);
-      pooled[page.value] = *std::max_element(of_page.begin(), of_page.end());
-    }
+    const std::span<float> bounds = head.scratch().first(head.size());
+    head.pooled_upper_bounds(queries, bounds);
     selection.add(head.open_page());
-    selection.add_highest(pooled, head.read_page_budget() - 1);
+    selection.add_highest(bounds, head.read_page_budget() - 1);
   }
 };
 

@@ -13,6 +13,7 @@
 #include "../config.hpp"
 #include "../core/geometry.hpp"
 #include "../core/ids.hpp"
+#include "../core/simd.hpp"
 
 namespace kvsparse {
 
@@ -35,7 +36,7 @@ class Selection {
   Selection(std::size_t pages, std::size_t page_size, bool token_masks)
       : mask_words_(token_masks ? divide_up(page_size, 64) : 0) {
     entries_.reserve(pages);
-    order_.reserve(pages);
+    ranks_.resize(round_up(pages, simd::lanes));
     selected_.reserve(pages);
     masks_.resize(mask_words_ * pages);
   }
@@ -52,7 +53,8 @@ class Selection {
 
   static std::size_t bytes_required(std::size_t pages, std::size_t page_size, bool token_masks) {
     const std::size_t words = token_masks ? divide_up(page_size, 64) : 0;
-    return pages * (sizeof(SelectedPage) + sizeof(std::uint32_t) + 1 + words * sizeof(std::uint64_t));
+    return pages * (sizeof(SelectedPage) + 1 + words * sizeof(std::uint64_t)) +
+           round_up(pages, simd::lanes) * sizeof(std::int32_t);
   }
 
   /// Starts a selection among `resident` pages.
@@ -75,22 +77,32 @@ class Selection {
   void add_all() {
     for (std::uint32_t page = 0; page < selected_.size(); ++page) add(PageIndex{page});
   }
-  /// Adds the `count` pages with the highest score among those not yet added; ties go to the oldest page. scores:
-  /// [resident_pages()], overwritten where they are NaN (a page nobody can rank is read first). O(resident_pages()).
-  void add_highest(std::span<float> scores, std::size_t count) {
-    order_.clear();
-    for (std::uint32_t page = 0; page < selected_.size(); ++page) {
-      if (contains({page})) continue;
-      if (!(scores[page] == scores[page])) scores[page] = std::numeric_limits<float>::infinity();
-      order_.push_back(page);
-    }
-    count = std::min(count, order_.size());
+  /// Adds the `count` pages with the highest score among those not yet added; ties go to the oldest page, and a page
+  /// that nobody can rank (NaN) is read first. scores: [resident_pages()]. O(resident_pages()), 32 vector passes at
+  /// most.
+  void add_highest(std::span<const float> scores, std::size_t count) {
+    KVSPARSE_ASSERT(scores.size() >= selected_.size());
+    const std::size_t pages = selected_.size();
+    count = std::min(count, pages - entries_.size());
     if (count == 0) return;
-    const auto better = [&](std::uint32_t a, std::uint32_t b) {
-      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-    };
-    std::nth_element(order_.begin(), order_.begin() + static_cast<std::ptrdiff_t>(count - 1), order_.end(), better);
-    for (std::size_t i = 0; i < count; ++i) add(PageIndex{order_[i]});
+    rank(scores);
+    // The count-th highest rank is found bit by bit, without a branch that depends on a score, as long as more ranks
+    // reach it than are wanted; then pages come out in position order.
+    std::uint32_t threshold = 0;
+    std::size_t reaching = pages;
+    for (std::uint32_t bit = std::uint32_t{1} << 31; bit != 0 && reaching != count; bit >>= 1) {
+      const std::size_t count_of_half = count_ranks(as_rank(threshold | bit));
+      if (count_of_half < count) continue;
+      threshold |= bit;
+      reaching = count_of_half;
+    }
+    const std::int32_t lowest = as_rank(threshold);
+    std::size_t ties = count;
+    if (reaching != count) ties -= count_ranks(lowest + 1);
+    for (std::uint32_t page = 0; page < pages; ++page) {
+      if (ranks_[page] < lowest) continue;
+      if (reaching == count || ranks_[page] > lowest || (ties > 0 && ties-- > 0)) add(PageIndex{page});
+    }
   }
   /// The page's token mask, all zero: set the bits of the slots to read and pass it as SelectedPage::tokens.
   std::span<std::uint64_t> token_mask(PageIndex page) {
@@ -107,9 +119,42 @@ class Selection {
   }
 
  private:
+  static constexpr std::int32_t no_rank = std::numeric_limits<std::int32_t>::min();
+
+  /// ranks_: integers in the order of the scores. Pages already added, and the padding, get the lowest.
+  void rank(std::span<const float> scores) {
+    const std::size_t pages = selected_.size();
+    for (std::size_t page = 0; page < pages; page += simd::lanes) {
+      simd::Floats score;
+      if (page + simd::lanes <= pages) {
+        score = simd::load(scores.data() + page);
+      } else {
+        score = simd::load_elements(scores.data() + page, pages - page);
+      }
+      score = score == score ? score : simd::broadcast(std::numeric_limits<float>::infinity());
+      // Adding zero makes -0 a +0; then the bits of a float, its magnitude turned around when it is negative, order it.
+      const simd::Ints bits = simd::bits_as<simd::Ints>(score + 0.0F);
+      simd::store(ranks_.data() + page, bits ^ ((bits >> 31) & 0x7FFFFFFF));
+    }
+    for (const SelectedPage& added : entries_) ranks_[added.page.value] = no_rank;
+    std::fill(ranks_.begin() + static_cast<std::ptrdiff_t>(pages), ranks_.end(), no_rank);
+  }
+  /// How many ranks are at least `lowest`.
+  std::size_t count_ranks(std::int32_t lowest) const {
+    simd::Ints below{};
+    for (std::size_t page = 0; page < selected_.size(); page += simd::lanes) {
+      below -= simd::load(ranks_.data() + page) >= lowest;
+    }
+    std::size_t count = 0;
+    for (std::size_t lane = 0; lane < simd::lanes; ++lane) count += static_cast<std::size_t>(below[lane]);
+    return count;
+  }
+  /// Bits whose unsigned order is that of the ranks.
+  static std::int32_t as_rank(std::uint32_t bits) { return static_cast<std::int32_t>(bits ^ 0x80000000U); }
+
   std::size_t mask_words_;
   std::vector<SelectedPage> entries_;
-  std::vector<std::uint32_t> order_;
+  std::vector<std::int32_t> ranks_;  // of add_highest, padded to whole vectors
   std::vector<std::uint8_t> selected_;
   std::vector<std::uint64_t> masks_;
 };
