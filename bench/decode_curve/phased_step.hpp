@@ -44,23 +44,24 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
     cache.begin_query(h, cache.next_position());
     lap(times.select);
     kvsparse::detail::pad_queries(group, 0, 0.0, scratch.queries.data(), row);
-    std::fill(scratch.accumulators.begin(), scratch.accumulators.end(), 0.0F);
-    for (std::size_t i = 0; i < group.size; ++i) {
-      scratch.states[i] = SoftmaxState{};
-      scratch.states[i].accumulator = scratch.accumulators.data() + i * row;
-    }
+    scratch.start(0, 0, group.size);
     const std::size_t block = cache.queries_per_selection(h);
     for (std::size_t first = 0; first < group.size; first += block) {
-      QueryGroup queries = group;
+      kvsparse::detail::QueryBlock of_selection{h, first, group};
+      QueryGroup& queries = of_selection.queries;
       queries.data = group[first].data();
       queries.size = block;
-      const std::span<SoftmaxState> states(scratch.states.data() + first, block);
+      const std::span<SoftmaxState> states = scratch.states(0, first, block);
       std::size_t seen = 0;
       lap(times.read);
       for (auto reads = cache.select(h, queries); !reads.empty(); reads = cache.select_more(h, queries, states)) {
         lap(times.select);
-        kvsparse::detail::read_pages(cache, queries, reads, states, cache.tap(h, seen),
-                                     scratch.queries.data() + first * row, row);
+        for (std::size_t range = 0; range < scratch.ranges(reads.size()); ++range) {
+          kvsparse::detail::read_range(cache, of_selection, reads, seen, range);
+          if (range == 0) continue;
+          const std::span<const SoftmaxState> part = scratch.states(range, first, block);
+          for (std::size_t i = 0; i < block; ++i) merge(states[i], part[i], shape.head_dim);
+        }
         seen += reads.size();
         lap(times.read);
       }
@@ -70,7 +71,7 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
       lap(times.observe);
     }
     for (std::size_t i = 0; i < group.size; ++i) {
-      normalise(scratch.states[i], out.data() + offset + i * shape.head_dim, shape.head_dim);
+      normalise(scratch.states(0, i, 1)[0], out.data() + offset + i * shape.head_dim, shape.head_dim);
     }
     lap(times.read);
     cache.observe(h, group);

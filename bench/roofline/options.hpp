@@ -36,11 +36,11 @@ inline std::string usual_thread_counts() {
 inline RooflineOptions parse_roofline_options(CLI::App& app, int argc, char** argv) {
   using namespace kvsparse_tools;
   RooflineOptions options;
-  std::string dtypes = "f32,f16,bf16", tokens = "1024,4096,16384,65536", threads = usual_thread_counts();
+  std::string dtypes = "f32,f16,bf16,int8", tokens = "1024,4096,16384,65536", threads = usual_thread_counts();
   std::string group = std::to_string(layer_shape.group()), kv_heads = std::to_string(layer_shape.kv_heads);
   std::string head_dim = std::to_string(layer_shape.head_dim), page_size = std::to_string(layer_shape.page_size);
   std::string rounds = std::to_string(options.rounds), retries = std::to_string(options.retries);
-  app.add_option("--dtype", dtypes, "storage of keys and values, one or several of f32, f16, bf16 [" + dtypes + "]");
+  app.add_option("--dtype", dtypes, "storage of keys and values, one or several of f32, f16, bf16, int8 [" + dtypes + "]");
   app.add_option("--tokens", tokens, "tokens in the cache, one or several separated by commas [" + tokens + "]");
   app.add_option("--threads", threads, "threads whose bandwidth and peak are measured [" + threads + "]");
   app.add_option("--group", group, "query heads per kv head [" + group + "]");
