@@ -81,7 +81,7 @@ RECIPES = {
         Stage("A", PLAIN, (FIRST_READS, Phase(300, 32, (8, 16), 0.7), Phase(500, 16, (16, 32, 48), 0.9)), 2e-3, 50),
         Stage("B", HIDING, (Phase(150, 16, (24, 32, 48), 0.9),), 1.5e-3, 30, eviction=0.8),
         Stage("C", PARKING,
-              (Phase(120, 16, (32, 48), 0.9), Phase(120, 4, (64, 96, 128), 0.9), Phase(100, 1, (350,), 0.95)),
+              (Phase(120, 16, (32, 48), 0.9), Phase(250, 6, (64, 96, 128), 0.9), Phase(250, 2, (192, 350), 0.95)),
               1.5e-3, 20, eviction=0.8, parking_penalty=1.0, writes="long")), rope_theta=1e6, max_positions=8192),
 }
 

@@ -21,7 +21,7 @@ LONGEST_GAP = {"fall": 6, "fall:gmax=4": 4, "fall:gmax=12": 12, "fall:gmax=4,lif
 GAPS = {"fall": (2, 3, 5, 6), "mile": (3, 5, 8, 17), "lru": (2, 5, 9, 14), "age": (6, 11, 17, 24),
         "uniform": (7, 13, 21, 35)}
 # sha256 of three problems of every set from seed 7: were one to change, every published number would be another one.
-DIGESTS = {"plain": "df6e00cf12fd44b3", "varied": "5d20d7a945000091", "long": "bd3d84e528e0920b"}
+DIGESTS = {"plain": "df6e00cf12fd44b3", "varied": "5d20d7a945000091", "long": "d4d2fca98c86f03d"}
 
 failures = []
 
@@ -45,11 +45,11 @@ class Grammar:
     def __init__(self, line_format):
         self.format = line_format
         self.label = r"(H\d+ T\d+)" if line_format == "long" else r"(S\d+)"
-        given = r"(G T\d+)" if line_format == "long" else r"(g\d+)"
+        given = r"(G\d+ T\d+)" if line_format == "long" else r"(g\d+)"
         self.source = rf"(?:{given}|{self.label})"
-        self.labels = 1024 if line_format == "long" else 64
+        self.labels = 384 if line_format == "long" else 64
         if line_format == "long":
-            prompt = rf"<bos> ((?:G T\d+ \d )+){self.label} (\d) ;"
+            prompt = rf"<bos> ((?:G\d+ T\d+ \d )+){self.label} (\d) ;"
             self.line = rf"{self.label} use {self.source} is (\d) get {self.label} (\d) ;"
         else:
             end = rf"{self.label} <eos> " if line_format == "varied" else "()"
@@ -60,7 +60,7 @@ class Grammar:
 
     def number(self, label):
         parts = [int(word[1:]) for word in label.split()]
-        return parts[0] * 32 + parts[1] if self.format == "long" else parts[0]
+        return parts[0] * 6 + parts[1] if self.format == "long" else parts[0]
 
 
 def solve(grammar, problem, lines):
