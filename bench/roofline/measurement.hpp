@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <kvsparse/interop/thread_team.hpp>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -52,7 +54,7 @@ template <class Scalar>
 class DenseSteps final : public StepBench {
  public:
   DenseSteps(const kvsparse::Geometry& shape, std::size_t tokens, std::size_t threads)
-      : StepBench(std::string(kvsparse::scalar_name<Scalar>), tokens, threads), layer_(shape, tokens, 0) {}
+      : StepBench(std::string(kvsparse::scalar_name<Scalar>), tokens, threads), layer_(shape, tokens, 0), team_(threads) {}
 
   /// At least three steps and 20 ms of them, each an append and an attend.
   StepSample measure() override {
@@ -81,17 +83,17 @@ class DenseSteps final : public StepBench {
 
  private:
   void step() {
-    layer_.step();
+    layer_.step(team_);
     ++drifted_;
   }
 
   Layer<kvsparse::Dense, Scalar> layer_;
+  kvsparse::ThreadTeam team_;
   std::size_t drifted_ = 0;
 };
 
 class RooflineMeasurement {
  public:
-  /// Steps run on one thread: attend has no executor yet. Other thread counts are one more StepBench each.
   explicit RooflineMeasurement(const RooflineOptions& options)
       : caches_(cache_sizes()), thread_counts_(options.threads) {
     if (thread_counts_.front() != 1) thread_counts_.insert(thread_counts_.begin(), 1);
@@ -144,15 +146,18 @@ class RooflineMeasurement {
  private:
   template <class Scalar>
   void add(const kvsparse::Geometry& shape, std::size_t tokens) {
-    steps_.push_back(std::make_unique<DenseSteps<Scalar>>(shape, tokens, 1));
+    for (const std::size_t threads : thread_counts_) {
+      steps_.push_back(std::make_unique<DenseSteps<Scalar>>(shape, tokens, threads));
+    }
   }
 
   static void refuse_what_does_not_fit(const RooflineOptions& options) {
+    const std::map<std::string, double> bytes{{"f32", 4.0}, {"f16", 2.0}, {"bf16", 2.0}, {"int8", 1.0}};
     double wanted = 0.0;
     for (const std::string& dtype : options.dtypes) {
       for (const std::size_t tokens : options.tokens) {
-        wanted += static_cast<double>(tokens * 2 * options.shape.kv_heads * options.shape.row_stride()) *
-                  (dtype == "f32" ? 4.0 : 2.0);
+        wanted += static_cast<double>(options.threads.size() * tokens * 2 * options.shape.kv_heads) *
+                  static_cast<double>(options.shape.row_stride()) * bytes.at(dtype);
       }
     }
     const std::size_t available = available_memory();

@@ -22,7 +22,7 @@ SKIPPED = 77
 TARGETS = {"x86-64-v4": "zmm", "x86-64-v3": "ymm"}  # the vectors that the kernel has to work in
 # What widens the storage type, and whether a whole vector at once: g++ 12 widens bf16 in halves.
 STORAGE_TYPES = {"float": (None, False), "kvsparse::Half": ("vcvtph2ps", True),
-                 "kvsparse::Bfloat16": ("vpmovzxwd", False)}
+                 "kvsparse::Bfloat16": ("vpmovzxwd", False), "kvsparse::Int8": ("vpmovsxbd", True)}
 SCALAR_CALLS = re.compile(r"__extendhfsf2|__gnu_h2f_ieee|__truncsfbf2|half_to_float|bfloat16_to_float")
 
 
