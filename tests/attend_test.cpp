@@ -135,9 +135,8 @@ struct StoredTypes {
   using Key = KeyType;
   using Value = ValueType;
 };
-using KeysAndValues =
-    testing::Types<StoredTypes<float>, StoredTypes<Half>, StoredTypes<Bfloat16>, StoredTypes<Int8>,
-                   StoredTypes<Half, Int8>, StoredTypes<Int8, Bfloat16>, StoredTypes<float, Half>>;
+using KeysAndValues = testing::Types<StoredTypes<float>, StoredTypes<Half>, StoredTypes<Bfloat16>, StoredTypes<Int8>,
+                                     StoredTypes<Half, Int8>, StoredTypes<Int8, Bfloat16>, StoredTypes<float, Half>>;
 class StoredTypesName {
  public:
   template <class Stored>
@@ -184,8 +183,7 @@ void expect_rows_in_the_storage_type_are_taken() {
     }
     ASSERT_TRUE(from_floats.append(rows.token_k(t), rows.token_v(t)).ok());
     ASSERT_TRUE(
-        from_stored.append(HeadRows<const Scalar>(k.data(), 2, 24), HeadRows<const Scalar>(v.data(), 2, 24))
-            .ok());
+        from_stored.append(HeadRows<const Scalar>(k.data(), 2, 24), HeadRows<const Scalar>(v.data(), 2, 24)).ok());
   }
   std::vector<float> a(48), b(48);
   ASSERT_TRUE(attend(from_floats, rows.token_q(9), a).ok());

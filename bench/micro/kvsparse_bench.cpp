@@ -117,8 +117,9 @@ void select(benchmark::State& state, const Case& of) {
   const std::size_t pages = of.shape.pages_for(of.tokens) * of.shape.kv_heads;
   state.counters["pages_scored_per_second"] =
       benchmark::Counter(static_cast<double>(pages), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["summary_bytes"] = static_cast<double>(
-      pages * kvsparse::PageSummaries<kvsparse::SummaryScalar<Scalar>>::bytes_per_page(of.shape, kvsparse::traits::page_summary(Policy{})));
+  state.counters["summary_bytes"] =
+      static_cast<double>(pages * kvsparse::PageSummaries<kvsparse::SummaryScalar<Scalar>>::bytes_per_page(
+                                      of.shape, kvsparse::traits::page_summary(Policy{})));
 }
 
 template <MemoryLevel Level>

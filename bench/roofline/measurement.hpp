@@ -54,7 +54,9 @@ template <class Scalar>
 class DenseSteps final : public StepBench {
  public:
   DenseSteps(const kvsparse::Geometry& shape, std::size_t tokens, std::size_t threads)
-      : StepBench(std::string(kvsparse::scalar_name<Scalar>), tokens, threads), layer_(shape, tokens, 0), team_(threads) {}
+      : StepBench(std::string(kvsparse::scalar_name<Scalar>), tokens, threads),
+        layer_(shape, tokens, 0),
+        team_(threads) {}
 
   /// At least three steps and 20 ms of them, each an append and an attend.
   StepSample measure() override {

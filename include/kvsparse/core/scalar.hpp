@@ -25,8 +25,7 @@ concept StorageScalar =
 
 /// What rows may be given in to a cache of these: floats, which it converts, or its own type if that needs no scale.
 template <class T, class Key, class Value = Key>
-concept StorableAs = std::same_as<T, float> ||
-                     (std::same_as<T, Key> && std::same_as<T, Value> && !std::same_as<T, Int8>);
+concept StorableAs = std::same_as<T, float> ||(std::same_as<T, Key>&& std::same_as<T, Value> && !std::same_as<T, Int8>);
 
 /// The same choice at run time.
 enum class ScalarType { f32, f16, bf16, int8 };

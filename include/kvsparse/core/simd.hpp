@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one small layer under the kernels: a vector of floats as wide as the target has, loads that widen f16, bf16 and int8,
-// and exp. Compiler vector extensions give the arithmetic on every target; intrinsics appear only where the compilers
-// have no portable word for an instruction (f16 conversion, fused multiply-add).
+// The one small layer under the kernels: a vector of floats as wide as the target has, loads that widen f16, bf16 and
+// int8, and exp. Compiler vector extensions give the arithmetic on every target; intrinsics appear only where the
+// compilers have no portable word for an instruction (f16 conversion, fused multiply-add).
 #pragma once
 
 #include <bit>
