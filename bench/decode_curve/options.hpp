@@ -9,7 +9,7 @@
 
 #include "common/option_lists.hpp"
 #include "micro/context.hpp"
-#include "micro/workload.hpp"
+#include "micro/shape_options.hpp"
 
 namespace kvsparse_bench {
 
@@ -37,8 +37,7 @@ inline CurveOptions parse_curve_options(CLI::App& app, int argc, char** argv) {
   std::string tokens = std::to_string(options.tokens), dense_tokens = std::to_string(options.dense_tokens);
   std::string budget = std::to_string(options.budget), turns = std::to_string(options.turns);
   std::string retries = std::to_string(options.retries);
-  std::string group = std::to_string(layer_shape.group()), kv_heads = std::to_string(layer_shape.kv_heads);
-  std::string head_dim = std::to_string(layer_shape.head_dim), page_size = std::to_string(layer_shape.page_size);
+  ShapeOptions shape;
   std::string known;
   for (const std::string& name : curve_policies) known += (known.empty() ? "" : ", ") + name;
   app.add_option("--policy", policies, "of " + known + ", separated by commas [" + policies + "]");
@@ -50,10 +49,7 @@ inline CurveOptions parse_curve_options(CLI::App& app, int argc, char** argv) {
   app.add_option("--budget", budget, "tokens a kv head may keep, or read where all are kept [" + budget + "]");
   app.add_option("--turns", turns, "turns that the policies take at a checkpoint, 16 steps each [" + turns + "]");
   app.add_option("--retries", retries, "how often a disturbed checkpoint is measured again at most [" + retries + "]");
-  app.add_option("--group", group, "query heads per kv head [" + group + "]");
-  app.add_option("--kv-heads", kv_heads, "kv heads [" + kv_heads + "]");
-  app.add_option("--head-dim", head_dim, "values per head [" + head_dim + "]");
-  app.add_option("--page-size", page_size, "tokens per page, 1 to 256 [" + page_size + "]");
+  shape.add_to(app);
   app.add_option("--csv", options.csv_file, "write a line per policy and checkpoint to this file as CSV");
   app.add_option("--json", options.json_file, "write the same, the context and the summary to this file as JSON");
   app.parse(argc, argv);
@@ -71,10 +67,7 @@ inline CurveOptions parse_curve_options(CLI::App& app, int argc, char** argv) {
   options.dense_tokens = std::min(options.tokens, parse_count("--dense-tokens", dense_tokens, 1000, longest));
   options.turns = parse_count("--turns", turns, 1, 100);
   options.retries = parse_count("--retries", retries, 0, 100);
-  options.shape.kv_heads = parse_count("--kv-heads", kv_heads, 1, 1024);
-  options.shape.query_heads = options.shape.kv_heads * parse_count("--group", group, 1, 1024);
-  options.shape.head_dim = parse_count("--head-dim", head_dim, 1, 4096);
-  options.shape.page_size = parse_count("--page-size", page_size, 1, kvsparse::max_page_size);
+  options.shape = shape.shape();
   options.budget = parse_count("--budget", budget, options.shape.page_size, longest);
   refuse_shared_files({{"--csv", options.csv_file}, {"--json", options.json_file}});
   return options;

@@ -32,12 +32,9 @@ class CurveReport {
     Json json{{"schema", curve_json_schema}, {"tool", "decode_curve"}};
     json["command"] = options_.command;
     json["context"] = context_json();
-    json["shape"] = {{"query_heads", options_.shape.query_heads},
-                     {"kv_heads", options_.shape.kv_heads},
-                     {"head_dim", options_.shape.head_dim},
-                     {"page_size", options_.shape.page_size},
-                     {"dtype", "f16"},
-                     {"budget", options_.budget}};
+    json["shape"] = shape_json(options_.shape);
+    json["shape"]["dtype"] = "f16";
+    json["shape"]["budget"] = options_.budget;
     json["tokens"] = options_.tokens;
     json["dense_tokens"] = options_.dense_tokens;
     json["rounds"] = curve_.rival().rounds();

@@ -10,7 +10,7 @@
 #include "common/option_lists.hpp"
 #include "micro/context.hpp"
 #include "micro/machine_limits.hpp"
-#include "micro/workload.hpp"
+#include "micro/shape_options.hpp"
 
 namespace kvsparse_bench {
 
@@ -37,16 +37,13 @@ inline RooflineOptions parse_roofline_options(CLI::App& app, int argc, char** ar
   using namespace kvsparse_tools;
   RooflineOptions options;
   std::string dtypes = "f32,f16,bf16,int8", tokens = "1024,4096,16384,65536", threads = usual_thread_counts();
-  std::string group = std::to_string(layer_shape.group()), kv_heads = std::to_string(layer_shape.kv_heads);
-  std::string head_dim = std::to_string(layer_shape.head_dim), page_size = std::to_string(layer_shape.page_size);
+  ShapeOptions shape;
   std::string rounds = std::to_string(options.rounds), retries = std::to_string(options.retries);
-  app.add_option("--dtype", dtypes, "storage of keys and values, one or several of f32, f16, bf16, int8 [" + dtypes + "]");
+  app.add_option("--dtype", dtypes,
+                 "storage of keys and values, one or several of f32, f16, bf16, int8 [" + dtypes + "]");
   app.add_option("--tokens", tokens, "tokens in the cache, one or several separated by commas [" + tokens + "]");
   app.add_option("--threads", threads, "threads whose bandwidth and peak are measured [" + threads + "]");
-  app.add_option("--group", group, "query heads per kv head [" + group + "]");
-  app.add_option("--kv-heads", kv_heads, "kv heads [" + kv_heads + "]");
-  app.add_option("--head-dim", head_dim, "values per head [" + head_dim + "]");
-  app.add_option("--page-size", page_size, "tokens per page, 1 to 256 [" + page_size + "]");
+  shape.add_to(app);
   app.add_option("--rounds", rounds, "undisturbed rounds wanted, 3 to 1000 [" + rounds + "]");
   app.add_option("--retries", retries, "disturbed rounds that are repeated at most [" + retries + "]");
   app.add_option("--json", options.json_file, "write the numbers to this file as JSON");
@@ -59,10 +56,7 @@ inline RooflineOptions parse_roofline_options(CLI::App& app, int argc, char** ar
   options.tokens = parse_counts("--tokens", tokens, 1, std::size_t{1} << 24);
   options.threads = parse_counts("--threads", threads, 1, hardware_threads());
   std::sort(options.threads.begin(), options.threads.end());
-  options.shape.kv_heads = parse_count("--kv-heads", kv_heads, 1, 1024);
-  options.shape.query_heads = options.shape.kv_heads * parse_count("--group", group, 1, 1024);
-  options.shape.head_dim = parse_count("--head-dim", head_dim, 1, 4096);
-  options.shape.page_size = parse_count("--page-size", page_size, 1, kvsparse::max_page_size);
+  options.shape = shape.shape();
   options.rounds = parse_count("--rounds", rounds, 3, 1000);
   options.retries = parse_count("--retries", retries, 0, 1000);
   return options;

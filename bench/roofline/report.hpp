@@ -42,10 +42,7 @@ class RooflineReport {
     Json json{{"schema", roofline_json_schema}, {"tool", "roofline"}};
     json["command"] = options_.command;
     json["context"] = context_json();
-    json["shape"] = {{"query_heads", options_.shape.query_heads},
-                     {"kv_heads", options_.shape.kv_heads},
-                     {"head_dim", options_.shape.head_dim},
-                     {"page_size", options_.shape.page_size}};
+    json["shape"] = shape_json(options_.shape);
     json["busy"] = busy_;  // then the ratios below are no more than a hint
     json["rounds"] = rounds_.size();
     json["rounds_tried"] = measurement_.rival().rounds();
