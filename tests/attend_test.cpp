@@ -4,15 +4,18 @@
 // token masks, weights, rotations, further selections, residuals.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "kvsparse/cache/attend.hpp"
 #include "kvsparse/policy/dense.hpp"
+#include "kvsparse/policy/streaming_llm.hpp"
 #include "support/rows.hpp"
 
 namespace kvsparse_test {
@@ -45,6 +48,7 @@ Told told_by(const HeadView<Policy>& head, const Evidence& step) {
       told.visited.back().push_back(visited);
       told.mass.back().push_back(visited ? step.mass(page, q) : -1.0F);
       told.largest.back().push_back(visited ? step.largest_token_mass(page, q) : -1.0F);
+      if (!asks_for(Policy::evidence, EvidenceKind::token_weights)) continue;
       const auto weights = step.token_weights(page, q).first(head.tokens(page));
       told.each.back().emplace_back(weights.begin(), weights.end());
     }
@@ -53,18 +57,20 @@ Told told_by(const HeadView<Policy>& head, const Evidence& step) {
   return told;
 }
 
-constexpr EvidenceKind every_kind =
-    EvidenceKind::page_mass | EvidenceKind::largest_token_mass | EvidenceKind::token_weights;
+constexpr EvidenceKind of_pages = EvidenceKind::page_mass | EvidenceKind::largest_token_mass;
+constexpr EvidenceKind every_kind = of_pages | EvidenceKind::token_weights;
 
-/// Reads everything and writes down all evidence, by kv head.
-struct Probe {
+/// Reads everything and writes down the evidence, by kv head.
+template <EvidenceKind Kinds>
+struct ProbeOf {
   static constexpr std::string_view name = "probe";
-  static constexpr EvidenceKind evidence = every_kind;
+  static constexpr EvidenceKind evidence = Kinds;
   std::map<std::size_t, std::vector<Told>>* told = nullptr;
-  void observe(HeadView<Probe> head, const Evidence& step) const {
+  void observe(HeadView<ProbeOf> head, const Evidence& step) const {
     if (told != nullptr) (*told)[head.kv_head()].push_back(told_by(head, step));
   }
 };
+using Probe = ProbeOf<every_kind>;
 
 template <class Policy, class Key, class Value>
 void append_all(PagedKvCache<Policy, Key, Value>& cache, const Rows& rows, std::size_t first, std::size_t last) {
@@ -281,32 +287,90 @@ TEST(Attend, StridedViewsReadAndWriteWhereTheySay) {
   }
 }
 
-TEST(AttendPrompt, EveryQueryOfTheChunkSeesTheTokensUpToItsOwn) {
-  const CacheConfig config{.query_heads = 3, .kv_heads = 1, .head_dim = 24, .page_size = 4, .max_tokens = 30};
-  const Rows rows(21, config, 7);
+/// A prompt in chunks that start and end anywhere in a page; every query, and its evidence, against the exact oracle.
+template <EvidenceKind Kinds, class Scalar>
+void expect_causal_prompt(std::size_t group, std::size_t head_dim, std::size_t page_size) {
+  SCOPED_TRACE("group " + std::to_string(group) + ", head_dim " + std::to_string(head_dim) + ", page size " +
+               std::to_string(page_size));
+  const CacheConfig config{
+      .query_heads = 2 * group, .kv_heads = 2, .head_dim = head_dim, .page_size = page_size, .max_tokens = 150};
+  const std::size_t row = 2 * group * head_dim;
+  const Rows given(150, config, 7);
+  const Rows rows = given.template stored_as<Scalar, Scalar>();
   std::map<std::size_t, std::vector<Told>> told;
-  PagedKvCache<Probe> cache(config, Probe{&told});
-  std::vector<float> out(21 * 72);
+  PagedKvCache<ProbeOf<Kinds>, Scalar> cache(config, ProbeOf<Kinds>{&told});
+  std::vector<float> out(150 * row);
   std::size_t first = 0;
-  for (const std::size_t count : {5U, 1U, 0U, 10U, 5U}) {
+  for (const std::size_t count : {5U, 1U, 0U, 10U, 34U, 100U}) {
     const auto part = [&](const std::vector<float>& data, std::size_t heads) {
-      return TokenRows<const float>(data.data() + first * heads * 24, count, heads, 24);
+      return TokenRows<const float>(data.data() + first * heads * head_dim, count, heads, head_dim);
     };
-    ASSERT_TRUE(cache.append_prompt(part(rows.k, 1), part(rows.v, 1)).ok());
-    ASSERT_TRUE(attend_prompt(cache, part(rows.q, 3), TokenRows<float>(out.data() + first * 72, count, 3, 24)).ok());
+    ASSERT_TRUE(cache.append_prompt(part(given.k, 2), part(given.v, 2)).ok());
+    const TokenRows<float> of_chunk(out.data() + first * row, count, 2 * group, head_dim);
+    ASSERT_TRUE(attend_prompt(cache, part(rows.q, 2 * group), of_chunk).ok());
     first += count;
   }
-  ASSERT_EQ(told[0].size(), 21U);
-  for (std::size_t t = 0; t < 21; ++t) {
-    const Told& evidence = told[0][t];
-    EXPECT_EQ(evidence.position, (Position{static_cast<std::int64_t>(t)}));
-    EXPECT_TRUE(evidence.is_prompt);
-    EXPECT_EQ(evidence.mass.size(), t / 4 + 1) << "pages of later tokens are not there yet";
-    EXPECT_EQ(evidence.tokens.back(), t % 4 + 1);
-    for (std::size_t head = 0; head < 3; ++head) {
+  for (std::size_t t = 0; t < 150; ++t) {
+    for (std::size_t head = 0; head < 2 * group; ++head) {
+      ASSERT_EQ(told[head / group].size(), 150U);
+      const Told& evidence = told[head / group][t];
+      ASSERT_EQ(evidence.position, (Position{static_cast<std::int64_t>(t)}));
+      ASSERT_TRUE(evidence.is_prompt);
+      ASSERT_EQ(evidence.mass.size(), t / page_size + 1) << "pages of later tokens are not there yet";
+      ASSERT_EQ(evidence.tokens.back(), t % page_size + 1);
       const ExactAttention exact = rows.exact(t, head, first_positions(t + 1));
-      expect_near(row_of(out, t * 3 + head, 24), exact.out, 1e-5);
-      EXPECT_NEAR(static_cast<double>(evidence.lse[head]), exact.log_sum_exp, 1e-5);
+      expect_near(row_of(out, t * 2 * group + head, head_dim), exact.out, 1e-5);
+      ASSERT_NEAR(static_cast<double>(evidence.lse[head % group]), exact.log_sum_exp, 1e-5);
+      for (std::size_t page = 0; page < evidence.mass.size(); ++page) {
+        const auto begin = exact.weights.begin() + static_cast<std::ptrdiff_t>(page * page_size);
+        const auto end = begin + static_cast<std::ptrdiff_t>(evidence.tokens[page]);
+        const double mass = std::accumulate(begin, end, 0.0);
+        const double largest = *std::max_element(begin, end);
+        ASSERT_NEAR(static_cast<double>(evidence.mass[page][head % group]), mass, 1e-5 * mass + 1e-9) << page;
+        ASSERT_NEAR(static_cast<double>(evidence.largest[page][head % group]), largest, 1e-5 * largest + 1e-9);
+      }
+    }
+  }
+}
+
+TEST(AttendPrompt, EveryQueryOfTheChunkSeesTheTokensUpToItsOwn) {
+  for (const std::size_t group : {1U, 2U, 3U, 4U, 5U, 8U, 9U, 16U}) {
+    for (const std::size_t page_size : {1U, 4U, 7U, 64U}) {
+      expect_causal_prompt<of_pages, float>(group, 24, page_size);
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+  // Rows so long that a tile holds fewer of them, or none.
+  for (const std::size_t head_dim : {128U, 130U, 512U, 1030U, 2100U}) {
+    expect_causal_prompt<of_pages, float>(1, head_dim, 16);
+    expect_causal_prompt<of_pages, Half>(2, head_dim, 16);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+  expect_causal_prompt<of_pages, Int8>(4, 40, 16);
+  expect_causal_prompt<every_kind, float>(3, 24, 4);
+}
+
+TEST(AttendPrompt, ATokenThatWasEvictedMeanwhileIsGoneForEarlyQueriesToo) {
+  const CacheConfig config{
+      .query_heads = 4, .kv_heads = 2, .head_dim = 24, .page_size = 4, .budget_tokens = 16, .max_tokens = 40};
+  const Rows rows(40, config, 11);
+  for (const std::size_t sinks : {0U, 4U}) {
+    PagedKvCache<StreamingLlm> cache(config, StreamingLlm{{.sinks = sinks}});
+    ASSERT_TRUE(cache.append_prompt(rows.k, rows.v).ok());
+    std::vector<float> out(40 * 96, -7.0F);
+    ASSERT_TRUE(
+        attend_prompt(cache, TokenRows<const float>(rows.q.data(), 40, 4, 24), TokenRows<float>(out.data(), 40, 4, 24))
+            .ok());
+    for (std::size_t t = 0; t < 40; ++t) {
+      for (std::size_t head = 0; head < 4; ++head) {
+        std::vector<std::size_t> seen;
+        for (const Position position : cache.resident_positions(head / 2)) {
+          if (position.value <= static_cast<std::int64_t>(t)) seen.push_back(static_cast<std::size_t>(position.value));
+        }
+        const std::vector<double> expected =
+            seen.empty() ? std::vector<double>(24, 0.0) : rows.exact(t, head, seen).out;
+        expect_near(row_of(out, t * 4 + head, 24), expected, 1e-5);
+      }
     }
   }
 }

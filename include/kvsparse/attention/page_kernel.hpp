@@ -24,16 +24,20 @@ inline constexpr std::size_t query_padding = 16;
 /// Where the kernel leaves what it saw of each page; null members are not written. A page's own maximum is its
 /// reference, so pages with equal logits get equal numbers, wherever they stand in the list.
 struct PageTap {
-  float* page_max = nullptr;      ///< [reads, group] largest logit
-  float* page_sum = nullptr;      ///< [reads, group] sum of exp(logit - page_max)
-  float* token_logits = nullptr;  ///< [reads, group, page_size]
+  float* page_max = nullptr;      ///< [reads, queries] largest logit
+  float* page_sum = nullptr;      ///< [reads, queries] sum of exp(logit - page_max)
+  float* token_logits = nullptr;  ///< [reads, queries, page_size]
+  std::size_t queries = 0;        ///< row length; at least as many as attend
   std::size_t page_size = 0;      ///< row length of token_logits
 
-  /// Moves on by `reads` pages of `queries` query heads.
-  constexpr void advance(std::size_t reads, std::size_t queries) {
-    if (page_max != nullptr) page_max += reads * queries;
-    if (page_sum != nullptr) page_sum += reads * queries;
-    if (token_logits != nullptr) token_logits += reads * queries * page_size;
+  /// The same from another read and another query on.
+  constexpr PageTap from(std::size_t read, std::size_t query) const {
+    PageTap tap = *this;
+    const std::size_t offset = read * queries + query;
+    if (page_max != nullptr) tap.page_max += offset;
+    if (page_sum != nullptr) tap.page_sum += offset;
+    if (token_logits != nullptr) tap.token_logits += offset * page_size;
+    return tap;
   }
 };
 
@@ -162,7 +166,7 @@ KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& 
       }
       KVSPARSE_UNROLL
       for (std::size_t t = 0; t < tile; ++t) {
-        const Floats key = load_key(rows[t] + i);
+        const Floats key = simd::in_register(load_key(rows[t] + i));
         KVSPARSE_UNROLL
         for (std::size_t q = 0; q < Queries; ++q) {
           Floats& sum = sums[simd::slot_of_lane(q * tile + t)];
@@ -204,8 +208,7 @@ void apply_read_options(const PageRead& read, float* logits) {
 /// folds the weights' sums into the states. Writes by how much each query's accumulator shrinks to keep[Queries].
 template <std::size_t Queries, class Key, class Value>
 KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& kv, std::span<const PageRead> reads,
-                                   SoftmaxState* states, ChunkWeights& weights, float* keep, PageTap tap,
-                                   std::size_t group) {
+                                   SoftmaxState* states, ChunkWeights& weights, float* keep, PageTap tap) {
   using Tile = TileLanes<Queries>;
   const auto max = [](Floats a, Floats b) { return simd::max(a, b); };
   const auto add = [](Floats a, Floats b) { return a + b; };
@@ -255,8 +258,8 @@ KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& k
     }
     page += floats;
     for (std::size_t q = 0; q < Queries; ++q) {
-      if (tap.page_max != nullptr) tap.page_max[r * group + q] = page_max[r][q * Tile::tile];
-      if (tap.page_sum != nullptr) tap.page_sum[r * group + q] = page_sum[r][q * Tile::tile];
+      if (tap.page_max != nullptr) tap.page_max[r * tap.queries + q] = page_max[r][q * Tile::tile];
+      if (tap.page_sum != nullptr) tap.page_sum[r * tap.queries + q] = page_sum[r][q * Tile::tile];
     }
   }
   KVSPARSE_UNROLL
@@ -299,7 +302,7 @@ KVSPARSE_INLINE void add_values(const PagedKv<Key, Value>& kv, const Chunk& chun
         if constexpr (HalfRow) {
           elements[v] = simd::load_half_row(value);
         } else {
-          elements[v] = simd::load(value + v * lanes);
+          elements[v] = simd::in_register(simd::load(value + v * lanes));
         }
       }
       KVSPARSE_UNROLL
@@ -344,10 +347,10 @@ KVSPARSE_INLINE void chunk_values(const PagedKv<Key, Value>& kv, const Chunk& ch
   }
 }
 
-/// A chunk for a block of query heads out of `group`; tap: of the chunk's first page and the block's first head.
+/// A chunk for a block of query heads; tap: of the chunk's first page and the block's first head.
 template <std::size_t Queries, class Key, class Value>
 void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefetches, const float* queries,
-                  std::size_t query_stride, SoftmaxState* states, PageTap tap, std::size_t group) {
+                  std::size_t query_stride, SoftmaxState* states, PageTap tap) {
   using Tile = TileLanes<Queries>;
   ChunkWeights weights;
   float* logits = weights.values;
@@ -358,14 +361,14 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefet
     if (read.token_mask != nullptr || read.log_weight != 0.0F) apply_read_options<Queries>(read, logits);
     if (tap.token_logits != nullptr) {
       for (std::size_t q = 0; q < Queries; ++q) {
-        float* of_query = tap.token_logits + (r * group + q) * tap.page_size;
+        float* of_query = tap.token_logits + (r * tap.queries + q) * tap.page_size;
         for (std::size_t t = 0; t < read.tokens; ++t) of_query[t] = logits[Tile::at(q, t)];
       }
     }
     logits += Tile::page_floats(read);
   }
   float keep[Queries];
-  chunk_softmax<Queries>(kv, chunk.reads, states, weights, keep, tap, group);
+  chunk_softmax<Queries>(kv, chunk.reads, states, weights, keep, tap);
   chunk_values<Queries>(kv, prefetches ? chunk : Chunk{chunk.reads, {}}, weights, keep, states);
 }
 
@@ -384,16 +387,14 @@ void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads
     const detail::Chunk chunk = detail::first_chunk(reads);
     std::size_t q = 0;
     const auto block = [&]<std::size_t Queries>() {
-      PageTap of_block = tap;
-      of_block.advance(1, q);
       detail::attend_chunk<Queries>(kv, chunk, q == 0, queries + q * query_stride, query_stride, states.data() + q,
-                                    of_block, group);
+                                    tap.from(0, q));
       q += Queries;
     };
     while (group - q >= 4) block.template operator()<4>();
     if (group - q >= 2) block.template operator()<2>();
     if (group - q >= 1) block.template operator()<1>();
-    tap.advance(chunk.reads.size(), group);
+    tap = tap.from(chunk.reads.size(), 0);
     reads = reads.subspan(chunk.reads.size());
   }
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <span>
 #include <type_traits>
@@ -11,36 +10,12 @@
 #include "../attention/page_kernel.hpp"
 #include "../core/executor.hpp"
 #include "../core/shape_check.hpp"
+#include "attend_tile.hpp"
 #include "paged_kv_cache.hpp"
 
 namespace kvsparse {
 
 namespace detail {
-
-/// Rotates a query back by `positions`: rotary embedding with halves split (dimension i pairs with i + head_dim / 2).
-inline void rotate_back(float* query, std::size_t head_dim, std::int64_t positions, double theta) {
-  const std::size_t half = head_dim / 2;
-  for (std::size_t i = 0; i < half; ++i) {
-    const double angle = -static_cast<double>(positions) *
-                         std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
-    const auto cosine = static_cast<float>(std::cos(angle));
-    const auto sine = static_cast<float>(std::sin(angle));
-    const float a = query[i];
-    const float b = query[i + half];
-    query[i] = a * cosine - b * sine;
-    query[i + half] = b * cosine + a * sine;
-  }
-}
-
-/// Writes the queries scaled and padded: [group.size, row].
-inline void pad_queries(QueryGroup group, std::int64_t rotated_back, double theta, float* padded, std::size_t row) {
-  for (std::size_t q = 0; q < group.size; ++q) {
-    float* query = padded + q * row;
-    for (std::size_t i = 0; i < group.head_dim; ++i) query[i] = group[q][i] * group.scale;
-    for (std::size_t i = group.head_dim; i < row; ++i) query[i] = 0.0F;
-    if (rotated_back != 0 && theta > 0.0) rotate_back(query, group.head_dim, rotated_back, theta);
-  }
-}
 
 /// Some query heads of a kv head's group, those that one selection serves.
 struct QueryBlock {
@@ -55,7 +30,7 @@ struct QueryBlock {
 template <class Cache>
 KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::span<const PageRead> reads,
                                   std::size_t first_read, std::size_t range) {
-  AttendScratch& scratch = cache.scratch(block.kv_head);
+  AttendScratch& scratch = cache.head(block.kv_head).attend_scratch;
   const std::size_t group = block.queries.size;
   const std::size_t begin = range * scratch.range_pages;
   const std::size_t end = std::min(begin + scratch.range_pages, reads.size());
@@ -73,7 +48,7 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
       pad_queries(block.queries, rotation, cache.config().rope_theta, padded, row);
     }
     attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap);
-    tap.advance(last - first, group);
+    tap = tap.from(last - first, 0);
     first = last;
   }
   if (rotation != 0) pad_queries(block.queries, 0, cache.config().rope_theta, padded, row);
@@ -99,7 +74,7 @@ class AttendStep {
     } else {
       const auto begin_head = [this](std::size_t h) noexcept {
         begin(h);
-        AttendScratch& scratch = cache_.scratch(h);
+        AttendScratch& scratch = cache_.head(h).attend_scratch;
         const auto is_plain = [](const PageRead& read) { return read.rotate_back == 0; };
         scratch.reads_may_be_shared = std::all_of(scratch.reads.begin(), scratch.reads.end(), is_plain);
       };
@@ -109,7 +84,7 @@ class AttendStep {
       const auto read = [this, most](std::size_t task) noexcept {
         const std::size_t h = task / most;
         const std::size_t range = task % most;
-        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.scratch(h).reads, 0, range);
+        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.head(h).attend_scratch.reads, 0, range);
       };
       if (most > 1) executor(heads * most, read);
       const auto finish_head = [this, most](std::size_t h) noexcept { finish(h, most > 1 && shared_ranges(h) > 0); };
@@ -136,12 +111,12 @@ class AttendStep {
   }
 
   std::size_t shared_ranges(std::size_t kv_head) const {
-    const AttendScratch& scratch = cache_.scratch(kv_head);
+    const AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
     return scratch.reads_may_be_shared ? scratch.ranges(scratch.reads.size()) : 0;
   }
 
   KVSPARSE_NOINLINE void begin(std::size_t kv_head) const {
-    AttendScratch& scratch = cache_.scratch(kv_head);
+    AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
     const QueryGroup group = whole_group(kv_head).queries;
     cache_.begin_query(kv_head, end_);
     pad_queries(group, 0, 0.0, scratch.queries.data(), round_up(group.head_dim, query_padding));
@@ -153,7 +128,7 @@ class AttendStep {
 
   /// ranges_are_read: those of the first selection are, and wait to be merged.
   KVSPARSE_NOINLINE void finish(std::size_t kv_head, bool ranges_are_read) const {
-    AttendScratch& scratch = cache_.scratch(kv_head);
+    AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
     const QueryGroup group = whole_group(kv_head).queries;
     const std::size_t size = cache_.queries_per_selection(kv_head);
     for (std::size_t first = 0; first < group.size; first += size) {
@@ -241,8 +216,13 @@ Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q,
 
 /// Attends causally, in order, with the queries of the newest q.tokens tokens: query i sees the tokens up to its own.
 /// q, out: [tokens, query_heads, head_dim]. Tokens that were evicted while the chunk was appended are gone for its
-/// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. The
-/// executor is used, and may throw, as in attend, query by query.
+/// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. Refuses
+/// wrong shapes and more queries than tokens.
+///
+/// While the policy reads everything, tiles of 16 queries share each page they load, and the executor's threads share
+/// the kv heads; the sums are those of one token at a time, rounded in another order. Where it selects pages, asks for
+/// token weights, looks at the whole layer or adds residuals, and for groups of more than 8 query heads, queries go one
+/// by one as in attend. The executor may throw as in attend; what the early queries did then stands.
 template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
 Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out,
                      E&& executor) noexcept(is_nothrow_executor<E>) {
@@ -252,6 +232,10 @@ Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const fl
   if (q.tokens == 0) return {};
   if (const Status status = check_rows(q, cache.geometry().query_heads, cache.geometry()); !status) return status;
   if (const Status status = check_rows(out, cache.geometry().query_heads, cache.geometry()); !status) return status;
+  if (const detail::AttendTiles tiles(cache, q, out); tiles.suit()) {
+    tiles.run(executor);
+    return {};
+  }
   for (std::size_t token = 0; token < q.tokens; ++token) {
     const Position end = Position{0} + (length - q.tokens + token + 1);
     detail::AttendStep(cache, q.token(token), out.token(token), nullptr, end).run(executor);

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a query's softmax states lie while a kv head is read, cut into ranges that threads can share.
+// What a query needs while a kv head is read: itself scaled and padded, and softmax states, cut into ranges that
+// threads can share.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
+#include "../attention/page_kernel.hpp"
 #include "../core/geometry.hpp"
 #include "../core/softmax_state.hpp"
 #include "../core/views.hpp"
@@ -16,6 +20,34 @@ namespace kvsparse::detail {
 /// Tokens of the pages that one thread reads in one go, about 20 us of work at 4 query heads of 128. A constant, so
 /// that the order of every sum follows from the pages read alone, whoever reads them.
 inline constexpr std::size_t range_tokens = 1024;
+
+/// Rotates a query back by `positions`: rotary embedding with halves split (dimension i pairs with i + head_dim / 2).
+inline void rotate_back(float* query, std::size_t head_dim, std::int64_t positions, double theta) {
+  const std::size_t half = head_dim / 2;
+  for (std::size_t i = 0; i < half; ++i) {
+    const double angle = -static_cast<double>(positions) *
+                         std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
+    const auto cosine = static_cast<float>(std::cos(angle));
+    const auto sine = static_cast<float>(std::sin(angle));
+    const float a = query[i];
+    const float b = query[i + half];
+    query[i] = a * cosine - b * sine;
+    query[i + half] = b * cosine + a * sine;
+  }
+}
+
+/// Writes the queries scaled and padded: [group.size, row].
+inline void pad_queries(QueryGroup group, std::int64_t rotated_back, double theta, float* padded, std::size_t row) {
+  for (std::size_t q = 0; q < group.size; ++q) {
+    float* query = padded + q * row;
+    for (std::size_t i = 0; i < group.head_dim; ++i) query[i] = group[q][i] * group.scale;
+    for (std::size_t i = group.head_dim; i < row; ++i) query[i] = 0.0F;
+    if (rotated_back != 0 && theta > 0.0) rotate_back(query, group.head_dim, rotated_back, theta);
+  }
+}
+
+/// Queries of a prompt's tokens that read a page together, the whole group of each token.
+inline constexpr std::size_t tile_queries = 16;
 
 /// Working memory of attend() for the query heads of one kv head. A list of reads is cut into ranges of pages, so that
 /// threads can share a head. Each range has softmax states of its own; those of the first are the head's.

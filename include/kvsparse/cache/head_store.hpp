@@ -22,7 +22,7 @@ namespace kvsparse::detail {
 
 /// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
 struct HeadSizes {
-  std::size_t pages, group, row, page_states, selected, masks, trimmed, mass, token_mass, token_weights, scratch,
+  std::size_t pages, group, row, page_states, selected, masks, trimmed, mass, tap, token_mass, token_weights, scratch,
       padded_queries, query_window;
 
   template <class Policy>
@@ -39,6 +39,7 @@ struct HeadSizes {
     masks = tokens ? pages * divide_up(geometry.page_size, 64) : 0;
     trimmed = Trimmer<Policy> ? pages : 0;
     mass = kinds == EvidenceKind::none ? 0 : pages * group;
+    tap = mass == 0 ? 0 : pages * std::max(group, tile_queries) + query_padding;
     token_mass = asks_for(kinds, EvidenceKind::largest_token_mass) ? mass : 0;
     token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
@@ -61,8 +62,8 @@ struct HeadStore {
     return n.pages * (sizeof(ResidentPage) + sizeof(PageRead) + 1) + n.page_states * sizeof(PageState<Policy>) +
            Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
            n.trimmed * sizeof(PageIndex) +
-           sizeof(float) * (3 * n.mass + (n.mass == 0 ? 0 : 2 * query_padding) + n.token_mass + 2 * n.token_weights +
-                            n.scratch + n.padded_queries + n.query_window + n.group) +
+           sizeof(float) * (n.mass + 2 * n.tap + n.token_mass + 2 * n.token_weights + n.scratch + n.padded_queries +
+                            n.query_window + n.group) +
            AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
   }
 
@@ -139,37 +140,39 @@ struct HeadStore {
                            selected.rotate_back};
   }
 
-  PageTap tap(std::size_t first_read, std::size_t queries, std::size_t page_size) {
-    PageTap tap;
-    if (mass.empty()) return tap;
-    tap.page_max = page_max.data() + first_read * queries;
-    tap.page_sum = page_sum.data() + first_read * queries;
-    tap.page_size = page_size;
-    if (!token_logits.empty()) tap.token_logits = token_logits.data() + first_read * queries * page_size;
-    return tap;
+  PageTap tap(std::size_t queries, std::size_t page_size) {
+    if (mass.empty()) return {};
+    return {page_max.data(), page_sum.data(), token_logits.empty() ? nullptr : token_logits.data(), queries, page_size};
   }
 
-  void record(std::size_t first_query, std::span<const SoftmaxState> states, std::size_t group, std::size_t page_size) {
-    mark_read();
+  /// Once all of a query's reads, or of a tile's queries, are in the tap: page_max becomes exp(page_max - max). A
+  /// page's share is that times its sum, divided by the whole sum.
+  void weigh_pages(std::span<const SoftmaxState> states) {
     if (mass.empty()) return;
     const std::size_t queries = states.size();
     const std::size_t count = read_count * queries;
     for (std::size_t q = 0; q < queries; ++q) {
-      log_sum_exp[first_query + q] = states[q].log_sum_exp();
       for (std::size_t i = q; i < count; i += queries) page_max[i] -= states[q].max;
     }
-    // page_max becomes exp(page_max - max): a page's share is that times its sum, divided by the whole sum.
     for (std::size_t i = 0; i < count; i += simd::lanes) {
       simd::store(page_max.data() + i, simd::exp_nonpositive(simd::load(page_max.data() + i)));
     }
+  }
+
+  /// Evidence of the selected reads, whose pages are weighed; tap: of the first of these queries.
+  void record(std::size_t first_query, std::span<const SoftmaxState> states, std::size_t group, const PageTap& tap) {
+    mark_read();
+    if (mass.empty()) return;
+    const std::size_t page_size = tap.page_size;
+    for (std::size_t q = 0; q < states.size(); ++q) log_sum_exp[first_query + q] = states[q].log_sum_exp();
     for (std::size_t r = 0; r < read_count; ++r) {
-      for (std::size_t q = 0; q < queries; ++q) {
-        const float share = page_max[r * queries + q] / states[q].sum;
+      for (std::size_t q = 0; q < states.size(); ++q) {
+        const float share = tap.page_max[r * tap.queries + q] / states[q].sum;
         const std::size_t at = reads[r].index.value * group + first_query + q;
-        mass[at] = share * page_sum[r * queries + q];
+        mass[at] = share * tap.page_sum[r * tap.queries + q];
         if (!largest_token.empty()) largest_token[at] = share;
         if (token_weights.empty()) continue;
-        const float* logits = token_logits.data() + (r * queries + q) * page_size;
+        const float* logits = tap.token_logits + (r * tap.queries + q) * page_size;
         for (std::size_t t = 0; t < reads[r].tokens; ++t) {
           token_weights[at * page_size + t] = std::exp(logits[t] - states[q].max) / states[q].sum;
         }
@@ -244,8 +247,8 @@ struct HeadStore {
         was_read_(n.pages),
         read_masks(n.masks),
         mass(n.mass),
-        page_max(n.mass == 0 ? 0 : n.mass + query_padding),
-        page_sum(n.mass == 0 ? 0 : n.mass + query_padding),
+        page_max(n.tap),
+        page_sum(n.tap),
         largest_token(n.token_mass),
         token_logits(n.token_weights),
         token_weights(n.token_weights),

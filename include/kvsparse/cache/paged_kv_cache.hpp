@@ -176,6 +176,12 @@ class PagedKvCache {
   /// Starts a query of the token before `end`: forgets the previous query's evidence.
   void begin_query(std::size_t kv_head, Position end) noexcept { heads_[kv_head].begin_query(end, geometry().group()); }
 
+  /// Whether the running query reads every page: its policy selects none, or is not asked while all are within budget.
+  bool reads_all(std::size_t kv_head) const {
+    if (!Selector<Policy>) return true;
+    return !traits::select_always<Policy>() && heads_[kv_head].visible_pages() <= context_.read_page_budget;
+  }
+
   /// How many query heads a selection serves: the whole group, or one when the policy selects for each query head.
   /// While no more pages are resident than the read budget allows, everything is read, group by group, as Dense reads
   /// it.
@@ -221,7 +227,7 @@ class PagedKvCache {
 
   /// Where the kernel leaves its evidence for the reads selected last, from the first_read-th on; empty if nobody asks.
   PageTap tap(std::size_t kv_head, std::size_t first_read = 0) noexcept {
-    return heads_[kv_head].tap(first_read, queries_per_selection(kv_head), geometry().page_size);
+    return heads_[kv_head].tap(queries_per_selection(kv_head), geometry().page_size).from(first_read, 0);
   }
 
   /// Lets the policy add what its summaries of evicted tokens stand for.
@@ -234,7 +240,8 @@ class PagedKvCache {
   /// Turns the tap of the reads selected last into evidence; states: of those queries, the first being query head
   /// `first_query` of the group.
   void record(std::size_t kv_head, std::size_t first_query, std::span<const SoftmaxState> states) noexcept {
-    heads_[kv_head].record(first_query, states, geometry().group(), geometry().page_size);
+    heads_[kv_head].weigh_pages(states);
+    heads_[kv_head].record(first_query, states, geometry().group(), tap(kv_head));
   }
 
   /// Shows the evidence of the whole group to the policy. After it, the head's query is done.
@@ -252,8 +259,7 @@ class PagedKvCache {
     if constexpr (StepObserver<Policy>) policy_.on_step_end(layer_view(&query_view));
   }
 
-  /// Working memory of attend() for one head: padded queries, accumulators, states.
-  detail::AttendScratch& scratch(std::size_t kv_head) { return heads_[kv_head].attend_scratch; }
+  detail::HeadStore<Policy>& head(std::size_t kv_head) { return heads_[kv_head]; }  // for attend() alone
 
  private:
   using Head = detail::HeadStore<Policy>;
@@ -272,10 +278,6 @@ class PagedKvCache {
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) heads_.push_back(Head(plan, policy));
   }
 
-  bool reads_all(std::size_t kv_head) const {
-    if (!Selector<Policy>) return true;
-    return !traits::select_always<Policy>() && heads_[kv_head].visible_pages() <= context_.read_page_budget;
-  }
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
   HeadRows<const float> key_rows(std::span<const float> flat) const {
     return {flat.data(), geometry().kv_heads, geometry().head_dim};

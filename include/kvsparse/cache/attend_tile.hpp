@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// Causal attention of a prompt's chunk, several tokens at a time: each page is loaded once for a tile of queries.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+
+#include "../attention/page_kernel.hpp"
+#include "../core/executor.hpp"
+#include "../core/softmax_state.hpp"
+#include "../core/views.hpp"
+#include "attend_scratch.hpp"
+#include "paged_kv_cache.hpp"
+
+namespace kvsparse::detail {
+
+/// The queries of the newest q.tokens tokens, for policies that read everything and look at one kv head at a time. What
+/// the policy sees is what it would see token by token, up to the rounding of sums.
+template <class Cache>
+class AttendTiles {
+  using Policy = typename Cache::policy_type;
+
+ public:
+  AttendTiles(Cache& cache, TokenRows<const float> q, TokenRows<float> out)
+      : cache_(cache), q_(q), out_(out), first_(static_cast<std::size_t>(cache.next_position().value) - q.tokens) {}
+
+  /// Whether tiles can do this chunk, and save anything over going token by token.
+  bool suit() const {
+    if constexpr (StepObserver<Policy> || ResidualProvider<Policy> || traits::select_always<Policy>()) return false;
+    if (asks_for(traits::evidence(cache_.policy()), EvidenceKind::token_weights)) return false;
+    for (std::size_t h = 0; h < cache_.geometry().kv_heads; ++h) {
+      cache_.begin_query(h, cache_.next_position());
+      if (!cache_.reads_all(h)) return false;
+    }
+    return std::min(tokens_per_tile(), q_.tokens) > 1;
+  }
+
+  void run(ExecutorRef executor) const {
+    const auto whole_head = [this](std::size_t h) noexcept {
+      for (std::size_t token = 0; token < q_.tokens; token += tokens_per_tile()) {
+        attend_tile(h, token, std::min(tokens_per_tile(), q_.tokens - token));
+      }
+    };
+    executor(cache_.geometry().kv_heads, whole_head);
+  }
+
+ private:
+  static constexpr std::size_t tile_floats = tile_queries * 128;
+
+  std::size_t row() const { return round_up(cache_.geometry().head_dim, query_padding); }
+  std::size_t tokens_per_tile() const {
+    return std::min(tile_queries, tile_floats / row()) / cache_.geometry().group();
+  }
+  QueryGroup group_of(std::size_t kv_head, std::size_t token) const {
+    const std::size_t group = cache_.geometry().group();
+    const HeadRows<const float> rows = q_.token(token);
+    return {rows.row(kv_head * group), group, cache_.geometry().head_dim, rows.head_stride, cache_.softmax_scale()};
+  }
+  /// Starts the token's query.
+  std::span<const PageRead> select(std::size_t kv_head, std::size_t token) const {
+    cache_.begin_query(kv_head, Position{0} + (first_ + token + 1));
+    return cache_.select(kv_head, group_of(kv_head, token));
+  }
+
+  KVSPARSE_NOINLINE void attend_tile(std::size_t kv_head, std::size_t first, std::size_t tokens) const {
+    const std::size_t group = cache_.geometry().group();
+    alignas(64) float queries[tile_floats];
+    alignas(64) float accumulators[tile_floats];
+    SoftmaxState states[tile_queries];
+    const std::size_t count = tokens * group;
+    std::fill_n(accumulators, count * row(), 0.0F);
+    for (std::size_t i = 0; i < count; ++i) states[i].accumulator = accumulators + i * row();
+    for (std::size_t t = 0; t < tokens; ++t) {
+      pad_queries(group_of(kv_head, first + t), 0, 0.0, queries + t * group * row(), row());
+    }
+
+    auto& head = cache_.head(kv_head);
+    const PageTap tap = head.tap(count, cache_.geometry().page_size);
+    // All pages before the first token's last one are whole for every token; what follows is cut at each one's own.
+    const auto whole = select(kv_head, first);
+    const std::size_t shared = whole.size() - std::min<std::size_t>(whole.size(), 1);
+    attend_pages(cache_.pages(), whole.first(shared), queries, row(), {states, count}, tap);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const std::size_t query = t * group;
+      attend_pages(cache_.pages(), select(kv_head, first + t).subspan(shared), queries + query * row(), row(),
+                   {states + query, group}, tap.from(shared, query));
+    }
+    head.weigh_pages({states, count});
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const std::span<const SoftmaxState> of_token(states + t * group, group);
+      static_cast<void>(select(kv_head, first + t));
+      head.record(0, of_token, group, tap.from(0, t * group));
+      for (std::size_t q = 0; q < group; ++q) {
+        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), cache_.geometry().head_dim);
+      }
+      cache_.observe(kv_head, group_of(kv_head, first + t));
+    }
+  }
+
+  Cache& cache_;
+  TokenRows<const float> q_;
+  TokenRows<float> out_;
+  std::size_t first_;  // position of the chunk's first token
+};
+
+}  // namespace kvsparse::detail
