@@ -40,7 +40,7 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
   for (std::size_t h = 0; h < shape.kv_heads; ++h) {
     const std::size_t offset = h * shape.group() * shape.head_dim;
     const QueryGroup group{q.data() + offset, shape.group(), shape.head_dim, shape.head_dim, cache.softmax_scale()};
-    auto& scratch = cache.head(h).attend_scratch;
+    auto& scratch = cache.attend_scratch(h);
     cache.begin_query(h, cache.next_position());
     lap(times.select);
     kvsparse::detail::pad_queries(group, 0, 0.0, scratch.queries.data(), row);

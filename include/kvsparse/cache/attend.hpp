@@ -30,7 +30,7 @@ struct QueryBlock {
 template <class Cache>
 KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::span<const PageRead> reads,
                                   std::size_t first_read, std::size_t range) {
-  AttendScratch& scratch = cache.head(block.kv_head).attend_scratch;
+  AttendScratch& scratch = cache.attend_scratch(block.kv_head);
   const std::size_t group = block.queries.size;
   const std::size_t begin = range * scratch.range_pages;
   const std::size_t end = std::min(begin + scratch.range_pages, reads.size());
@@ -74,7 +74,7 @@ class AttendStep {
     } else {
       const auto begin_head = [this](std::size_t h) noexcept {
         begin(h);
-        AttendScratch& scratch = cache_.head(h).attend_scratch;
+        AttendScratch& scratch = cache_.attend_scratch(h);
         const auto is_plain = [](const PageRead& read) { return read.rotate_back == 0; };
         scratch.reads_may_be_shared = std::all_of(scratch.reads.begin(), scratch.reads.end(), is_plain);
       };
@@ -84,7 +84,7 @@ class AttendStep {
       const auto read = [this, most](std::size_t task) noexcept {
         const std::size_t h = task / most;
         const std::size_t range = task % most;
-        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.head(h).attend_scratch.reads, 0, range);
+        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.attend_scratch(h).reads, 0, range);
       };
       if (most > 1) executor(heads * most, read);
       const auto finish_head = [this, most](std::size_t h) noexcept { finish(h, most > 1 && shared_ranges(h) > 0); };
@@ -111,12 +111,12 @@ class AttendStep {
   }
 
   std::size_t shared_ranges(std::size_t kv_head) const {
-    const AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
+    const AttendScratch& scratch = cache_.attend_scratch(kv_head);
     return scratch.reads_may_be_shared ? scratch.ranges(scratch.reads.size()) : 0;
   }
 
   KVSPARSE_NOINLINE void begin(std::size_t kv_head) const {
-    AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
+    AttendScratch& scratch = cache_.attend_scratch(kv_head);
     const QueryGroup group = whole_group(kv_head).queries;
     cache_.begin_query(kv_head, end_);
     pad_queries(group, 0, 0.0, scratch.queries.data(), round_up(group.head_dim, query_padding));
@@ -128,7 +128,7 @@ class AttendStep {
 
   /// ranges_are_read: those of the first selection are, and wait to be merged.
   KVSPARSE_NOINLINE void finish(std::size_t kv_head, bool ranges_are_read) const {
-    AttendScratch& scratch = cache_.head(kv_head).attend_scratch;
+    AttendScratch& scratch = cache_.attend_scratch(kv_head);
     const QueryGroup group = whole_group(kv_head).queries;
     const std::size_t size = cache_.queries_per_selection(kv_head);
     for (std::size_t first = 0; first < group.size; first += size) {

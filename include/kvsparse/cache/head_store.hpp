@@ -63,8 +63,7 @@ struct HeadStore {
            Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
            n.trimmed * sizeof(PageIndex) +
            sizeof(float) * (n.mass + 2 * n.tap + n.token_mass + 2 * n.token_weights + n.scratch + n.padded_queries +
-                            n.query_window + n.group) +
-           AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
+                            n.query_window + n.group);
   }
 
   // --- pages ---
@@ -180,6 +179,17 @@ struct HeadStore {
     }
   }
 
+  /// Evidence of the selected reads from their masses, [reads, queries].
+  void record_masses(std::size_t first_query, std::span<const float> masses, std::span<const float> lse,
+                     std::size_t group) {
+    mark_read();
+    if (mass.empty()) return;
+    std::copy(lse.begin(), lse.end(), log_sum_exp.begin() + static_cast<std::ptrdiff_t>(first_query));
+    for (std::size_t r = 0; r < read_count; ++r) {
+      std::copy_n(masses.data() + r * lse.size(), lse.size(), mass.data() + reads[r].index.value * group + first_query);
+    }
+  }
+
   void finish_query(QueryGroup group) {
     if (!read_masks.empty()) count_skipped_tokens();
     if (query_window.empty()) return;
@@ -234,7 +244,6 @@ struct HeadStore {
   std::size_t read_tokens = 0;
   std::size_t skipped_tokens = 0;
   Position query_end;
-  AttendScratch attend_scratch;
 
  private:
   HeadStore(const HeadSizes& n, std::size_t page_size)
@@ -243,7 +252,6 @@ struct HeadStore {
         trimmed(n.trimmed),
         selection(n.selected, page_size, n.masks > 0),
         reads(n.pages),
-        attend_scratch(n.pages, page_size, n.group, n.row),
         was_read_(n.pages),
         read_masks(n.masks),
         mass(n.mass),

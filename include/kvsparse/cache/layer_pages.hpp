@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// The decisions of one layer of one sequence: which pages each kv head holds, and what its policy knows of them. Holds
+// no key and no value: those are PagedKvCache's, or an engine's own.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+#include "layer_heads.hpp"
+
+namespace kvsparse {
+
+/// Who hands out page ids and takes them back: a pool, or an engine's block allocator. Neither verb may fail: ask the
+/// owner for room before append, which takes a page for each kv head when slot_of_next() is 0.
+template <class Owner>
+concept PageOwner = requires(Owner owner, PageId page) {
+  { owner.acquire() } -> std::same_as<PageId>;
+  owner.release(page);
+};
+
+/// Page tables, pins, budget and policy state of all kv heads. A policy's views read keys, values and summaries through
+/// `rows`; without any, policies that look at stored rows are not for this. Thread safety is that of PagedKvCache:
+/// verbs of one object are exclusive, but those that take a kv head may run at the same time for different heads. After
+/// construction nothing allocates, throws or locks. Copying copies everything, page ids included.
+template <class Policy>
+class LayerPages : public LayerHeads<Policy> {
+  using Heads = LayerHeads<Policy>;
+  using typename Heads::Head;
+
+ public:
+  using Heads::geometry;
+  using Heads::page_budget;
+
+  /// Allocates everything it will ever use. Throws ConfigError. store: what the functions of `rows` take first.
+  explicit LayerPages(const CacheConfig& config, const Policy& policy = {}, const RowAccess& rows = {},
+                      const void* store = nullptr)
+      : LayerPages(config, policy, detail::plan_cache(config, policy), rows, store) {}
+
+  /// Bytes that construction allocates. Throws ConfigError like the constructor.
+  static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
+    const detail::CachePlan plan = detail::plan_cache(config, policy);
+    return plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy));
+  }
+
+  // --- growing ---
+
+  /// Whether a decode token may come; changes nothing.
+  Status check_append() const noexcept { return check_room(1); }
+  /// Whether so many more tokens of the prompt may come; changes nothing.
+  Status check_prompt(std::size_t tokens) const noexcept {
+    using Code = Status::Code;
+    if (prompt_ended_) return {Code::prompt_ended, next_index(), prompt_tokens_};
+    if (const Status status = check_room(tokens); !status) return status;
+    const std::size_t pinned = pages_pinned_by(tokens);
+    if (pinned + decode_pages_ > page_capacity_) return {Code::prompt_exceeds_budget, pinned, page_capacity_};
+    return {};
+  }
+
+  /// One more token in every head, if check_append() says so. The first ends the prompt.
+  template <PageOwner Owner>
+  Status append(Owner& owner) noexcept {
+    if (const Status status = check_append(); !status) return status;
+    end_prompt(owner);
+    open_slot(owner);
+    add_token();
+    return {};
+  }
+  /// So many more tokens of the prompt, all or nothing, if check_prompt() says so.
+  template <PageOwner Owner>
+  Status append_prompt(std::size_t tokens, Owner& owner) noexcept {
+    if (const Status status = check_prompt(tokens); !status) return status;
+    begin_prompt(tokens);
+    for (std::size_t token = 0; token < tokens; ++token) {
+      open_slot(owner);
+      add_token();
+    }
+    return {};
+  }
+  /// No more prompt will come; its pages may lose their pins, and the policy may give some up. Idempotent.
+  template <PageOwner Owner>
+  void end_prompt(Owner& owner) noexcept {
+    if (prompt_ended_) return;
+    prompt_ended_ = true;
+    if (prompt_tokens_ == 0) return;
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      if constexpr (Evictor<Policy>) {
+        if (config_.prompt_overflow == PromptOverflow::unpin_middle) {
+          heads_[h].unpin_middle(page_budget() - decode_pages_, sink_pages_);
+        }
+      }
+      if constexpr (PromptEndListener<Policy>) policy_.on_prompt_end(view(h, next_, true));
+    }
+    trim(owner, true);
+  }
+
+  // The parts of append, for a container that stores rows between the last two: first begin_prompt or end_prompt, then
+  // for each token open_slot, the rows of open_page(h) at slot_of_next(), and add_token.
+
+  /// After check_prompt(tokens): the budget grows with a prompt that may make it.
+  void begin_prompt(std::size_t tokens) noexcept {
+    if (const std::size_t pinned = pages_pinned_by(tokens); pinned != 0) {
+      context_.page_budget = std::max(page_budget(), pinned + decode_pages_);  // more only under PromptOverflow::grow
+    }
+  }
+  /// A slot for the next token in every head: opens a page where one is due, and first gives up the page that the
+  /// policy names where all are taken.
+  template <PageOwner Owner>
+  void open_slot(Owner& owner) noexcept {
+    const Slot slot = slot_of_next();
+    if (due_for_trim()) trim(owner, slot.value != 0);
+    if (slot.value == 0) open_pages(owner);
+  }
+  Slot slot_of_next() const { return geometry().slot_of(next_); }
+  /// The page of the newest token, or the one just opened for the next.
+  PageId open_page(std::size_t kv_head) const { return heads_[kv_head].table.back().page; }
+  /// The next token's rows are stored in every head: tells the policy.
+  void add_token() noexcept {
+    [[maybe_unused]] const Slot slot = slot_of_next();
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      Head& head = heads_[h];
+      head.table.add_token();
+      if constexpr (AppendListener<Policy> || PageFullListener<Policy>) {
+        const HeadView<Policy> pages = view(h, next_ + 1, true);
+        if constexpr (AppendListener<Policy>) policy_.on_append(pages, pages.open_page(), slot);
+        if constexpr (PageFullListener<Policy>) {
+          if (slot.value + 1 == geometry().page_size) policy_.on_page_full(pages, pages.open_page());
+        }
+      }
+      peak_resident_tokens_ = std::max(peak_resident_tokens_, head.table.resident_tokens());
+    }
+    next_ = next_ + 1;
+    if (!prompt_ended_) ++prompt_tokens_;
+  }
+
+  /// Forgets everything; the next token has position 0 and may start a prompt. The owner's pages are the caller's
+  /// affair.
+  void clear() noexcept {
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      heads_[h].clear();
+      if constexpr (ClearListener<Policy>) policy_.on_clear(view(h));
+    }
+    layer_state_ = {};
+    context_.page_budget = configured_page_budget_;
+    next_ = {};
+    prompt_tokens_ = peak_resident_tokens_ = peak_resident_pages_ = 0;
+    prompt_ended_ = false;
+  }
+
+ protected:
+  LayerPages(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan, const RowAccess& rows,
+             const void* store)
+      : Heads(config, policy, plan, rows, store),
+        configured_page_budget_(plan.page_budget),
+        page_capacity_(plan.page_capacity),
+        sink_pages_(plan.sink_pages),
+        decode_pages_(plan.decode_pages) {}
+  /// After a copy whose rows lie elsewhere.
+  void set_store(const void* store) { store_ = store; }
+
+ private:
+  using Heads::config_;
+  using Heads::context_;
+  using Heads::heads_;
+  using Heads::layer_state_;
+  using Heads::layer_view;
+  using Heads::next_;
+  using Heads::next_index;
+  using Heads::peak_resident_pages_;
+  using Heads::peak_resident_tokens_;
+  using Heads::policy_;
+  using Heads::prompt_ended_;
+  using Heads::prompt_tokens_;
+  using Heads::store_;
+  using Heads::view;
+
+  Status check_room([[maybe_unused]] std::size_t tokens) const {
+    if constexpr (!Evictor<Policy>) {
+      if (next_index() + tokens > config_.max_tokens) {
+        return {Status::Code::max_tokens_reached, next_index() + tokens, config_.max_tokens};
+      }
+    }
+    return {};
+  }
+  /// Pages that can never be victims once so many more tokens of the prompt came; 0 where the prompt gives way.
+  std::size_t pages_pinned_by(std::size_t tokens) const {
+    if (!traits::pin_prompt(policy_) || config_.prompt_overflow == PromptOverflow::unpin_middle) return 0;
+    return std::max(sink_pages_, geometry().pages_for(prompt_tokens_ + tokens));
+  }
+
+  static HeadView<Policy> victim_view(void* pages, std::size_t kv_head) {
+    return static_cast<LayerPages*>(pages)->view(kv_head);
+  }
+  void open_pages(auto& owner) {
+    if constexpr (Evictor<Policy>) make_room(owner);
+    std::size_t resident_pages = 0;
+    const bool pinned = geometry().page_number(next_) < sink_pages_ || (!prompt_ended_ && traits::pin_prompt(policy_));
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      Head& head = heads_[h];
+      head.open_page({next_, owner.acquire(), 0, pinned});
+      if constexpr (PageOpenListener<Policy>) {
+        policy_.on_page_open(view(h, next_ + 1, true), PageIndex{static_cast<std::uint32_t>(head.table.size() - 1)});
+      }
+      resident_pages += head.table.size();
+    }
+    peak_resident_pages_ = std::max(peak_resident_pages_, resident_pages);
+  }
+
+  // Each head that is full gives up one page, before the page to be opened exists.
+  void make_room(auto& owner) {
+    if constexpr (LayerEvictor<Policy>) {
+      if (heads_[0].table.size() < page_budget()) return;
+      for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
+      const PageIndex victim = policy_.victim(layer_view(&victim_view));
+      for (std::size_t h = 0; h < heads_.size(); ++h) evict(owner, h, victim);
+    } else {
+      for (std::size_t h = 0; h < heads_.size(); ++h) {
+        if (heads_[h].table.size() < page_budget()) continue;
+        heads_[h].unpin_middle(page_budget() - 1, sink_pages_);
+        evict(owner, h, policy_.victim(view(h)));
+      }
+    }
+  }
+
+  void evict(auto& owner, std::size_t kv_head, PageIndex victim) {
+    Head& head = heads_[kv_head];
+    KVSPARSE_ASSERT(victim.value < head.table.size() && !head.table[victim].pinned &&
+                    "victim must name a resident page that is not pinned");
+    // The budget and the pins are the container's word, whatever a policy answers.
+    if (victim.value >= head.table.size() || head.table[victim].pinned) victim = head.oldest_unpinned();
+    if constexpr (EvictListener<Policy>) policy_.on_evict(view(kv_head), victim);
+    owner.release(head.table[victim].page);
+    head.erase_page(victim);
+  }
+
+  bool due_for_trim() const {
+    const std::size_t period = traits::period(policy_);
+    const std::size_t decode_tokens = next_index() - prompt_tokens_;
+    return period != 0 && decode_tokens != 0 && decode_tokens % period == 0;
+  }
+  /// The page of the newest token stays open until the append that opens another, even when it is full.
+  void trim([[maybe_unused]] auto& owner, [[maybe_unused]] bool has_open_page) {
+    if constexpr (Trimmer<Policy>) {
+      for (std::size_t h = 0; h < heads_.size(); ++h) {
+        Head& head = heads_[h];
+        const HeadView<Policy> pages = view(h, next_, has_open_page);
+        head.trimmed.clear();
+        policy_.trim(pages, head.trimmed);
+        for (const PageIndex victim : head.trimmed.newest_first()) {  // so that the older indices stay valid
+          if (victim.value < pages.size() && pages.is_evictable(victim)) evict(owner, h, victim);
+        }
+      }
+    }
+  }
+
+  std::size_t configured_page_budget_;
+  std::size_t page_capacity_;
+  std::size_t sink_pages_;
+  std::size_t decode_pages_;
+};
+
+}  // namespace kvsparse
