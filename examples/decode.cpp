@@ -92,7 +92,7 @@ PolicyResult run_policy(const DecodeOptions& options, const Model& model, const 
     return !interrupted();
   });
   progress.clear();
-  if (tokenizer) result.text = tokenizer->decode(result.generation.tokens);
+  if (tokenizer) result.text = printable_text(*tokenizer, result.generation.tokens);
   result.answer = answer_of(result.generation, result.text);
 
   const bool whole = result.generation.stopped != StopReason::interrupted;

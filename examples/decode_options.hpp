@@ -89,7 +89,7 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
   app.add_option("--dense-layers", options.cache.dense_layers, "the first layers that keep everything [0]");
   app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]")
       ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
-  auto* text = app.add_option("--prompt", options.prompt, "words of the model's tokenizer.json");
+  auto* text = app.add_option("--prompt", options.prompt, "text, which the model's tokenizer.json turns into tokens");
   auto* numbers = app.add_option("--prompt-ids", ids, "token ids separated by commas; needs no tokenizer");
   text->excludes(numbers);
   app.add_option("--max-new", options.max_new, "tokens to generate, unless the model ends its text before [128]")

@@ -13,6 +13,7 @@
 
 #include "common/text_table.hpp"
 #include "decode_options.hpp"
+#include "engine/chain_answer.hpp"
 #include "engine/generate.hpp"
 
 namespace kvsparse_tools {

@@ -11,7 +11,7 @@ die() { printf 'run.sh: %s\n' "$*" >&2; exit 1; }
 
 say "Checking what the build needs"
 command -v dpkg-query >/dev/null || die "this script knows Debian and Ubuntu only; elsewhere, build the target 'decode' with CMake"
-need_packages g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev python3 python3-matplotlib
+need_packages g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libcli11-dev libicu-dev python3 python3-matplotlib
 compiler=g++
 if [ "$(g++ -dumpversion | cut -d. -f1)" -lt 12 ]; then
   need_packages g++-12  # the library is tested from g++ 12 on; Ubuntu 22.04's default is older

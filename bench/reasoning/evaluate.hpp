@@ -17,6 +17,7 @@
 
 #include "common/allocation_counter.hpp"
 #include "common/interrupt.hpp"
+#include "engine/chain_answer.hpp"
 #include "engine/generate.hpp"
 #include "idea_cache.hpp"
 #include "problem_set.hpp"

@@ -21,7 +21,7 @@ esac
 
 . examples/common/debian_packages.sh
 command -v dpkg-query >/dev/null || die "this script knows Debian and Ubuntu only; elsewhere build 'reasoning' and 'decode' with CMake"
-need_packages build-essential g++ cmake ninja-build libeigen3-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev \
+need_packages build-essential g++ cmake ninja-build libeigen3-dev libbenchmark-dev nlohmann-json3-dev libcli11-dev libicu-dev \
   python3 python3-numpy python3-matplotlib
 
 build=build/reasoning results=bench/results

@@ -314,12 +314,15 @@ def check_refusals(binary, root, config):
     tokenizer = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "?"},
                  "pre_tokenizer": {"type": "WhitespaceSplit"}}
     for change, word in [
-        ({"model": {"type": "BPE", "vocab": {}}}, "--prompt-ids"),
+        ({"model": {"type": "BPE", "vocab": {}}}, "merges"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "--prompt-ids"),
         ({"pre_tokenizer": {"type": "ByteLevel"}}, "--prompt-ids"),
         ({"normalizer": {"type": "Lowercase"}}, "--prompt-ids"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 10**6}}}, "vocab_size"),
         ({"model": {"type": "WordLevel", "vocab": {"a": "x"}}}, "vocab_size"),
         ({"model": {"type": "WordLevel", "vocab": {"b": 0}}}, "'a'"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 0}}}, "share"),
+        ({"added_tokens": [{"id": 5, "content": "a"}]}, "two ids"),
     ]:
         (base / "tokenizer.json").write_text(json.dumps({**tokenizer, **change}))
         refused(f"tokenizer {change}", good + ["--prompt", "a b"], word)
