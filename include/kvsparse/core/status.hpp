@@ -15,6 +15,13 @@ class ConfigError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+/// Thrown when a snapshot cannot be saved or is not one that the cache can continue from; what() is a sentence that
+/// names what differs, or where the stream failed.
+class SnapshotError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 /// The outcome of a verb of the decode step. On failure nothing has changed.
 class [[nodiscard]] Status {
  public:
@@ -28,6 +35,9 @@ class [[nodiscard]] Status {
     prompt_exceeds_budget,  ///< pinned prompt pages plus one would not fit the budget
     max_tokens_reached,     ///< a policy that keeps everything is full
     nothing_to_attend,      ///< attend before the first append
+    layer_out_of_turn,      ///< a step of a sequence brings its token to every layer once, lowest first
+    layer_drifted,          ///< a layer of a sequence holds another number of tokens than the sequence
+    step_is_prompt,         ///< a decode token for one layer in a step that brings prompt to the others
   };
 
   constexpr Status() = default;
@@ -57,6 +67,13 @@ class [[nodiscard]] Status {
                "PromptOverflow::grow or unpin_middle";
       case Code::max_tokens_reached: return "token " + value + " would exceed max_tokens = " + limit;
       case Code::nothing_to_attend: return "a query came for " + value + " tokens, but " + limit + " are in the cache";
+      case Code::layer_out_of_turn:
+        return "layer " + value + " came where it is the turn of layer " + limit +
+               "; each step goes through all layers once, lowest first";
+      case Code::layer_drifted: return "a layer has " + value + " tokens; the sequence has " + limit;
+      case Code::step_is_prompt:
+        return "layer " + value + " got a decode token in a step that brings " + limit +
+               " prompt tokens to every layer";
     }
     return "unknown status";
   }

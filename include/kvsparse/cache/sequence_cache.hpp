@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// All layers of one sequence: one length that all of them agree on, and for each layer its own policy, budget and
+// resident tokens.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "attend.hpp"
+#include "paged_kv_cache.hpp"
+
+namespace kvsparse {
+
+/// Cache: a PagedKvCache, the same policy and storage types in every layer, or AnyCache, which chooses them for each.
+///
+/// A step of the engine brings one token, or one chunk of the prompt, to every layer, lowest layer first, each followed
+/// by its attention. A layer left out, or given a token twice, is refused before anything changes: layers cannot drift
+/// apart. Errors of a layer are those of its cache. Thread safety is that of PagedKvCache, layer by layer; append and
+/// append_prompt are exclusive for the whole sequence.
+template <class Cache>
+class SequenceCache {
+ public:
+  /// The caches of the layers, lowest first, all of the same length. Throws ConfigError if there are none, or if they
+  /// differ in length.
+  explicit SequenceCache(std::vector<Cache> layers) : layers_(std::move(layers)) {
+    if (layers_.empty()) detail::refuse("a sequence has 0 layers; it must have at least 1");
+    length_ = layers_.front().next_position();
+    for (const Cache& layer : layers_) {
+      if (layer.next_position() != length_) {
+        detail::refuse("one layer has " + detail::quoted(index(layer.next_position())) + " tokens and another " +
+                       detail::quoted(index(length_)));
+      }
+    }
+  }
+  /// A cache for each configuration. Throws ConfigError.
+  template <class Policy>
+  requires std::constructible_from<Cache, const CacheConfig&, const Policy&>
+  explicit SequenceCache(std::span<const CacheConfig> layers, const Policy& policy)
+      : SequenceCache(make_layers(layers, policy)) {}
+
+  /// Bytes that construction from the same arguments allocates for the layers. Throws ConfigError.
+  template <class Policy>
+  static std::size_t bytes_required(std::span<const CacheConfig> layers, const Policy& policy) {
+    std::size_t bytes = layers.size() * sizeof(Cache);
+    for (const CacheConfig& layer : layers) bytes += Cache::bytes_required(layer, policy);
+    return bytes;
+  }
+
+  std::size_t layers() const { return layers_.size(); }
+  const Cache& layer(std::size_t layer) const { return layers_[layer]; }
+  /// For an engine with a kernel of its own: select, record, observe. Tokens come through append alone.
+  Cache& layer(std::size_t layer) { return layers_[layer]; }
+
+  /// The length of the sequence: tokens that every layer has. A step that has not reached the last layer does not
+  /// count.
+  Position next_position() const { return length_; }
+  /// The layer whose turn it is; 0 between two steps.
+  std::size_t turn() const { return turn_; }
+
+  // --- growing ---
+
+  /// Appends this step's token to one layer; k, v as PagedKvCache::append takes them.
+  template <class Rows>
+  Status append(std::size_t layer, const Rows& k, const Rows& v) noexcept {
+    if (const Status status = check_turn(layer, 1, false); !status) return status;
+    return take(layer, 1, false, layers_[layer].append(k, v));
+  }
+  /// Appends a chunk of the prompt to one layer; every layer gets as many tokens. k, v as PagedKvCache::append_prompt
+  /// takes them.
+  template <class Rows>
+  Status append_prompt(std::size_t layer, const Rows& k, const Rows& v) noexcept {
+    const std::size_t tokens = tokens_of(k);
+    if (const Status status = check_turn(layer, tokens, true); !status) return status;
+    return take(layer, tokens, true, layers_[layer].append_prompt(k, v));
+  }
+  /// No more prompt will come. Refuses between the layers of a step.
+  Status end_prompt() noexcept {
+    if (turn_ != 0) return {Status::Code::layer_out_of_turn, 0, turn_};
+    for (Cache& layer : layers_) layer.end_prompt();
+    return {};
+  }
+  /// Empties every layer.
+  void clear() noexcept {
+    for (Cache& layer : layers_) layer.clear();
+    length_ = {};
+    turn_ = step_tokens_ = 0;
+  }
+
+  // --- looking ---
+
+  /// Attends in one layer, once it has this step's token; arguments as attend() takes them.
+  template <class... Arguments>
+  Status attend(std::size_t layer, Arguments&&... arguments) {
+    if (const Status status = check_attended(layer); !status) return status;
+    if constexpr (requires { layers_[layer].attend(arguments...); }) {
+      return layers_[layer].attend(std::forward<Arguments>(arguments)...);
+    } else {
+      return kvsparse::attend(layers_[layer], std::forward<Arguments>(arguments)...);
+    }
+  }
+  template <class... Arguments>
+  Status attend_prompt(std::size_t layer, Arguments&&... arguments) {
+    if (const Status status = check_attended(layer); !status) return status;
+    if constexpr (requires { layers_[layer].attend_prompt(arguments...); }) {
+      return layers_[layer].attend_prompt(std::forward<Arguments>(arguments)...);
+    } else {
+      return kvsparse::attend_prompt(layers_[layer], std::forward<Arguments>(arguments)...);
+    }
+  }
+
+  /// Over all layers: tokens are the sequence's; resident and peak tokens those of the fullest kv head of the fullest
+  /// layer; used_page_share is the mean over the layers that judge pages; the others are sums. A sum of peaks is what
+  /// was needed at most.
+  CacheStats stats() const {
+    CacheStats total;
+    double used_share = 0.0;
+    std::size_t judging = 0;
+    for (const Cache& cache : layers_) {
+      const CacheStats layer = cache.stats();
+      total.resident_tokens = std::max(total.resident_tokens, layer.resident_tokens);
+      total.peak_resident_tokens = std::max(total.peak_resident_tokens, layer.peak_resident_tokens);
+      total.resident_bytes += layer.resident_bytes;
+      total.peak_resident_bytes += layer.peak_resident_bytes;
+      total.evicted_tokens += layer.evicted_tokens;
+      total.last_read_tokens += layer.last_read_tokens;
+      total.last_skipped_tokens += layer.last_skipped_tokens;
+      if (std::isnan(layer.used_page_share)) continue;
+      used_share += layer.used_page_share;
+      ++judging;
+    }
+    total.tokens = index(length_);
+    if (judging > 0) total.used_page_share = used_share / static_cast<double>(judging);
+    return total;
+  }
+
+ private:
+  static std::size_t index(Position position) { return static_cast<std::size_t>(position.value); }
+
+  template <class Policy>
+  static std::vector<Cache> make_layers(std::span<const CacheConfig> configs, const Policy& policy) {
+    std::vector<Cache> layers;
+    layers.reserve(configs.size());
+    for (const CacheConfig& config : configs) layers.emplace_back(config, policy);
+    return layers;
+  }
+
+  template <class Row>
+  std::size_t tokens_of(const TokenRows<Row>& rows) const {
+    return rows.tokens;
+  }
+  /// Of a flat chunk; what is no whole number of rows the layer refuses.
+  std::size_t tokens_of(std::span<const float> rows) const {
+    const CacheConfig& config = layers_.front().config();
+    return rows.size() / (config.kv_heads * config.head_dim);
+  }
+
+  Status check_turn(std::size_t layer, std::size_t tokens, bool prompt) const {
+    using Code = Status::Code;
+    if (layer != turn_) return {Code::layer_out_of_turn, layer, turn_};
+    if (layers_[layer].next_position() != length_) {
+      return {Code::layer_drifted, index(layers_[layer].next_position()), index(length_)};
+    }
+    if (turn_ == 0) return {};
+    if (prompt && !step_is_prompt_) return {Code::prompt_ended, index(length_), index(length_)};
+    if (!prompt && step_is_prompt_) return {Code::step_is_prompt, layer, step_tokens_};
+    if (tokens != step_tokens_) return {Code::wrong_tokens, tokens, step_tokens_};
+    return {};
+  }
+  Status take(std::size_t layer, std::size_t tokens, bool prompt, Status appended) {
+    if (!appended) return appended;
+    step_tokens_ = tokens;
+    step_is_prompt_ = prompt;
+    turn_ = layer + 1;
+    if (turn_ == layers_.size()) {
+      turn_ = 0;
+      length_ = length_ + tokens;
+    }
+    return appended;
+  }
+  /// A layer attends what this step brought it.
+  Status check_attended(std::size_t layer) const {
+    const bool has_token = turn_ == 0 ? layer < layers_.size() : layer < turn_;
+    return has_token ? Status{} : Status{Status::Code::layer_out_of_turn, layer, turn_};
+  }
+
+  std::vector<Cache> layers_;
+  Position length_;
+  std::size_t turn_ = 0;
+  std::size_t step_tokens_ = 0;  // what the running step brings each layer
+  bool step_is_prompt_ = false;
+};
+
+}  // namespace kvsparse
