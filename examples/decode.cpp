@@ -79,6 +79,7 @@ PolicyResult run_policy(const DecodeOptions& options, const Model& model, const 
   kvsparse::ThreadTeam team(options.threads);
   Decoder decoder(model, cache, total);
   decoder.attend_on(team);
+  decoder.read_prompt_by(options.prompt_chunk);
   std::optional<TraceRecorder> trace;
   std::optional<ResidencyRecorder> residency;
   if (!options.trace_directory.empty()) decoder.observe(&trace.emplace(model.config()));

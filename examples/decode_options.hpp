@@ -28,6 +28,7 @@ struct DecodeOptions {
   std::vector<TokenId> prompt_ids;  // used instead of `prompt` when not empty
   std::size_t max_new = 128;
   std::size_t threads = 1;  // of the attention
+  std::size_t prompt_chunk = Decoder::largest_chunk;
   std::string json_file;
   std::string trace_directory;
   std::string resident_directory;
@@ -96,6 +97,9 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
       ->check(count);
   app.add_option("--threads", options.threads, "threads of the attention, for long contexts of large models [1]")
       ->check(CLI::Range(1, 1024));
+  app.add_option("--prompt-chunk", options.prompt_chunk,
+                 "prompt tokens that are read together while the policy keeps and reads all of them [64]")
+      ->check(CLI::Range(std::size_t{1}, Decoder::largest_chunk));
   app.add_option("--json", options.json_file, "write the results to this file, per policy, rewritten as each one ends");
   app.add_option(
       "--record-trace", options.trace_directory,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One sequence being decoded: a KV cache per layer and the scratch of one token's forward pass.
+// One sequence being decoded: a KV cache per layer and the scratch of a forward pass over a chunk of tokens.
 #pragma once
 
 #include <Eigen/Core>
@@ -60,23 +60,19 @@ class CacheRefusal : public std::runtime_error {
 
 class Decoder {
  public:
+  static constexpr std::size_t largest_chunk = 64;  // tokens; bounds the scratch
+
   /// `model` must outlive the decoder. Throws kvsparse::ConfigError when the cache cannot be built.
   Decoder(const Model& model, const CacheChoice& choice, std::size_t max_tokens,
           const CacheFactory& make_cache = named_cache)
-      : model_(model),
-        query_(width(model.config().query_heads)),
-        key_(width(model.config().kv_heads)),
-        value_(width(model.config().kv_heads)),
-        attended_(width(model.config().query_heads)),
-        hidden_(index(model.config().hidden_size)),
-        normed_(hidden_.size()),
-        update_(hidden_.size()),
-        gate_(index(model.config().intermediate_size)),
-        up_(gate_.size()),
-        logits_(index(model.config().vocab_size)),
-        cosines_(model.rope().size()),
-        sines_(model.rope().size()) {
+      : model_(model) {
     const ModelConfig& config = model.config();
+    if (choice.policy != "dense") {
+      const std::size_t read_budget = choice.settings.read_budget_tokens;
+      tokens_kept_ = read_budget == 0 ? choice.budget_tokens : std::min(choice.budget_tokens, read_budget);
+      tokens_kept_ -= choice.page_size == 0 ? 0 : tokens_kept_ % choice.page_size;
+    }
+    resize(1);
     kvsparse::CacheConfig cache;
     cache.query_heads = config.query_heads;
     cache.kv_heads = config.kv_heads;
@@ -103,17 +99,31 @@ class Decoder {
   /// What is decoded does not depend on it.
   void attend_on(kvsparse::ExecutorRef executor) { executor_ = executor; }
 
-  /// Reads one token of the prompt. All of them come before the first feed().
-  /// Throws CacheRefusal, as feed() does.
-  void feed_prompt(TokenId token) { forward(token, true); }
+  /// Lets a prompt be read in chunks of up to `tokens`, from 1 (the default) to largest_chunk: several times faster,
+  /// and rounded otherwise.
+  void read_prompt_by(std::size_t tokens) { prompt_chunk_ = std::clamp<std::size_t>(tokens, 1, largest_chunk); }
+
+  /// How many of `wanted` prompt tokens the next feed_prompt() may bring, at least one. Beyond the tokens that the
+  /// policy keeps and reads, and where somebody observes, they go one by one: what is evicted or selected while a chunk
+  /// is appended would be so for the chunk's first queries too.
+  std::size_t prompt_chunk(std::size_t wanted) const {
+    const std::size_t room = tokens_kept_ - std::min(tokens_kept_, position_);
+    return observers_.empty() ? std::max<std::size_t>(std::min({wanted, room, prompt_chunk_}), 1) : 1;
+  }
+
+  /// Reads the next tokens of the prompt, prompt_chunk() at most. All of them come before the first feed(). Throws
+  /// CacheRefusal, as feed() does.
+  void feed_prompt(std::span<const TokenId> tokens) { forward(tokens, true); }
 
   /// Reads one token of the answer.
-  void feed(TokenId token) { forward(token, false); }
+  void feed(TokenId token) { forward({&token, 1}, false); }
 
   /// Scores of every token as the successor of the last one read.
   const Vector& logits() {
-    model_.final_norm().apply(hidden_, normed_);
-    model_.head().apply(normed_, logits_);
+    logits_.resize(index(model_.config().vocab_size));
+    const Eigen::Index last = hidden_.cols() - 1;
+    model_.final_norm().apply(hidden_.col(last), normed_.col(last));
+    model_.head().apply(normed_.col(last), logits_);
     return logits_;
   }
 
@@ -135,23 +145,34 @@ class Decoder {
 
  private:
   static Eigen::Index index(std::size_t value) { return static_cast<Eigen::Index>(value); }
-  Eigen::Index width(std::size_t heads) const { return index(heads * model_.config().head_dim); }
 
-  void forward(TokenId token, bool is_prompt) {
-    if (token >= model_.config().vocab_size) throw std::out_of_range("token id is not in the vocabulary");
-    hidden_ = model_.embedding(token);
-    for (std::size_t i = 0; i < cosines_.size(); ++i) {
-      // The angle in double: in float a long sequence's angle would be off by more than the rotation is worth.
-      const double angle = static_cast<double>(position_) * model_.rope()[i];
-      cosines_[i] = static_cast<float>(std::cos(angle));
-      sines_[i] = static_cast<float>(std::sin(angle));
+  /// Makes room for the columns of a chunk; decoding, where all are of one token, allocates nothing.
+  void resize(std::size_t tokens) {
+    if (hidden_.cols() == index(tokens)) return;
+    const ModelConfig& c = model_.config();
+    for (Eigen::MatrixXf* matrix : {&query_, &attended_})
+      matrix->resize(index(c.query_heads * c.head_dim), index(tokens));
+    for (Eigen::MatrixXf* matrix : {&key_, &value_}) matrix->resize(index(c.kv_heads * c.head_dim), index(tokens));
+    for (Eigen::MatrixXf* matrix : {&hidden_, &normed_, &update_}) matrix->resize(index(c.hidden_size), index(tokens));
+    for (Eigen::MatrixXf* matrix : {&gate_, &up_}) matrix->resize(index(c.intermediate_size), index(tokens));
+    for (Eigen::MatrixXf* matrix : {&cosines_, &sines_}) matrix->resize(index(c.head_dim / 2), index(tokens));
+  }
+
+  void forward(std::span<const TokenId> tokens, bool is_prompt) {
+    for (const TokenId token : tokens) {
+      if (token >= model_.config().vocab_size) throw std::out_of_range("token id is not in the vocabulary");
+    }
+    resize(tokens.size());
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      hidden_.col(index(i)) = model_.embedding(tokens[i]);
+      set_angles(index(i), position_ + i);
     }
     for (std::size_t layer = 0; layer < caches_.size(); ++layer) {
       const LayerWeights& weights = model_.layers()[layer];
       attention(weights, layer, is_prompt);
       mlp(weights);
     }
-    ++position_;
+    position_ += tokens.size();
   }
 
   void attention(const LayerWeights& weights, std::size_t layer, bool is_prompt) {
@@ -159,22 +180,24 @@ class Decoder {
     weights.query.apply(normed_, query_);
     weights.key.apply(normed_, key_);
     weights.value.apply(normed_, value_);
-    rotate(query_);
-    rotate(key_);
+    for (Eigen::Index i = 0; i < hidden_.cols(); ++i) {
+      rotate(query_.col(i), i);
+      rotate(key_.col(i), i);
+    }
     cached_attention(caches_[layer], is_prompt);
     notify(layer, is_prompt);
     weights.output.apply(attended_, update_);
     hidden_ += update_;
   }
 
-  /// The prompt goes token by token, like the answer: every policy then sees the same evidence as in a replay.
   void cached_attention(kvsparse::AnyCache& cache, bool is_prompt) {
     const ModelConfig& c = model_.config();
     if (is_prompt) {
+      const auto tokens = static_cast<std::size_t>(query_.cols());
       require(cache, cache.append_prompt(values(key_), values(value_)));
-      require(cache, cache.attend_prompt(kvsparse::TokenRows<const float>(query_.data(), 1, c.query_heads, c.head_dim),
-                                         kvsparse::TokenRows<float>(attended_.data(), 1, c.query_heads, c.head_dim),
-                                         executor_));
+      require(cache, cache.attend_prompt(
+                         kvsparse::TokenRows<const float>(query_.data(), tokens, c.query_heads, c.head_dim),
+                         kvsparse::TokenRows<float>(attended_.data(), tokens, c.query_heads, c.head_dim), executor_));
     } else {
       require(cache, cache.append(values(key_), values(value_)));
       require(cache, cache.attend(values(query_), {attended_.data(), static_cast<std::size_t>(attended_.size())}, {},
@@ -191,19 +214,30 @@ class Decoder {
     hidden_ += update_;
   }
 
+  void set_angles(Eigen::Index column, std::size_t position) {
+    for (Eigen::Index i = 0; i < cosines_.rows(); ++i) {
+      // The angle in double: in float a long sequence's angle would be off by more than the rotation is worth.
+      const double angle = static_cast<double>(position) * model_.rope()[static_cast<std::size_t>(i)];
+      cosines_(i, column) = static_cast<float>(std::cos(angle));
+      sines_(i, column) = static_cast<float>(std::sin(angle));
+    }
+  }
+
   /// RoPE in Hugging Face's layout: dimension i of a head pairs with dimension i + head_dim / 2.
-  void rotate(Vector& heads) const {
-    const std::size_t half = cosines_.size();
-    for (float* head = heads.data(); head != heads.data() + heads.size(); head += 2 * half) {
-      for (std::size_t i = 0; i < half; ++i) {
-        const float a = head[i];
-        const float b = head[i + half];
-        head[i] = a * cosines_[i] - b * sines_[i];
-        head[i + half] = b * cosines_[i] + a * sines_[i];
+  void rotate(Eigen::Ref<Vector> heads, Eigen::Index column) const {
+    const Eigen::Index half = cosines_.rows();
+    for (Eigen::Index head = 0; head < heads.size(); head += 2 * half) {
+      for (Eigen::Index i = 0; i < half; ++i) {
+        float& a = heads[head + i];
+        float& b = heads[head + i + half];
+        const float turned = a * cosines_(i, column) - b * sines_(i, column);
+        b = b * cosines_(i, column) + a * sines_(i, column);
+        a = turned;
       }
     }
   }
 
+  /// Observers see single tokens only: see prompt_chunk().
   void notify(std::size_t layer, bool is_prompt) {
     if (observers_.empty()) return;
     const auto start = std::chrono::steady_clock::now();
@@ -214,8 +248,8 @@ class Decoder {
     time_in_observers_ += std::chrono::steady_clock::now() - start;
   }
 
-  static std::span<const float> values(const Vector& vector) {
-    return {vector.data(), static_cast<std::size_t>(vector.size())};
+  static std::span<const float> values(const Eigen::MatrixXf& matrix) {
+    return {matrix.data(), static_cast<std::size_t>(matrix.size())};
   }
 
   static void require(const kvsparse::AnyCache& cache, kvsparse::Status status) {
@@ -229,12 +263,15 @@ class Decoder {
   kvsparse::ExecutorRef executor_{serial_};
   std::vector<LayerObserver*> observers_;
   std::chrono::duration<double> time_in_observers_{0.0};
+  std::size_t tokens_kept_ = SIZE_MAX;  // as long as no more came, the policy keeps and reads every token
+  std::size_t prompt_chunk_ = 1;
   std::size_t position_ = 0;
-  Vector query_, key_, value_, attended_;
-  Vector hidden_, normed_, update_;
-  Vector gate_, up_;
+  // Of the latest chunk, one column per token.
+  Eigen::MatrixXf query_, key_, value_, attended_;
+  Eigen::MatrixXf hidden_, normed_, update_;
+  Eigen::MatrixXf gate_, up_;
   Vector logits_;
-  std::vector<float> cosines_, sines_;
+  Eigen::MatrixXf cosines_, sines_;
 };
 
 /// The most likely token, the lowest id among equals. Throws when the model computes no numbers.

@@ -50,8 +50,10 @@ inline Generation generate(Decoder& decoder, const std::vector<TokenId>& prompt,
   const std::vector<std::uint64_t>& eos = decoder.model().config().eos_tokens;
   Generation result;
   bool go_on = true;
-  for (std::size_t i = 0; i < prompt.size() && go_on; ++i) {
-    decoder.feed_prompt(prompt[i]);
+  for (std::span<const TokenId> left = prompt; !left.empty() && go_on;) {
+    const std::size_t chunk = decoder.prompt_chunk(left.size());
+    decoder.feed_prompt(left.first(chunk));
+    left = left.subspan(chunk);
     go_on = proceed(decoder.position());
   }
   const auto start = Clock::now();

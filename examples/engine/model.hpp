@@ -21,6 +21,9 @@ namespace kvsparse_tools {
 
 using Vector = Eigen::VectorXf;
 using ConstVectorMap = Eigen::Map<const Eigen::VectorXf>;
+/// One column per token.
+using Columns = Eigen::Ref<Eigen::MatrixXf>;
+using ConstColumns = Eigen::Ref<const Eigen::MatrixXf>;
 
 /// y = W x + b. Weights are kept as float32 whatever the file holds.
 class Linear {
@@ -28,10 +31,10 @@ class Linear {
   Linear(std::size_t outputs, std::size_t inputs, std::vector<float> weight, std::vector<float> bias = {})
       : outputs_(outputs), inputs_(inputs), weight_(std::move(weight)), bias_(std::move(bias)) {}
 
-  /// `y` must have the right size already.
-  void apply(const Vector& x, Vector& y) const {
+  /// For each column. `y` must have the right size already. Several columns are rounded otherwise than one at a time.
+  void apply(const ConstColumns& x, Columns y) const {
     y.noalias() = matrix() * x;
-    if (!bias_.empty()) y += ConstVectorMap(bias_.data(), y.size());
+    if (!bias_.empty()) y.colwise() += ConstVectorMap(bias_.data(), y.rows());
   }
 
   ConstVectorMap row(std::size_t index) const {
@@ -55,9 +58,12 @@ class RmsNorm {
  public:
   RmsNorm(std::vector<float> weight, float epsilon) : weight_(std::move(weight)), epsilon_(epsilon) {}
 
-  void apply(const Vector& x, Vector& y) const {
-    const float mean_square = x.squaredNorm() / static_cast<float>(x.size());
-    y = (x * (1.0F / std::sqrt(mean_square + epsilon_))).cwiseProduct(ConstVectorMap(weight_.data(), x.size()));
+  void apply(const ConstColumns& x, Columns y) const {
+    for (Eigen::Index i = 0; i < x.cols(); ++i) {
+      const float mean_square = x.col(i).squaredNorm() / static_cast<float>(x.rows());
+      const float scale = 1.0F / std::sqrt(mean_square + epsilon_);
+      y.col(i) = (x.col(i) * scale).cwiseProduct(ConstVectorMap(weight_.data(), x.rows()));
+    }
   }
 
  private:

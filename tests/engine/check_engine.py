@@ -251,6 +251,34 @@ def check_model(binary, root, name, config, dtype, shards, seed):
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def check_prompt_chunks(binary, root, config):
+    """A prompt read in chunks is the prompt read token by token, but for rounding; beyond the budget it is that anyway."""
+    directory, out = root / "chunks", root / "chunks.json"
+    weights = write_model(directory, config, "F32", 1, 11)
+    prompt = list(map(int, np.random.default_rng(12).integers(0, config["vocab_size"], 150)))
+    arguments = ["--model", directory, "--prompt-ids", ",".join(map(str, prompt)), "--max-new", 20, "--page-size", 4,
+                 "--json", out]
+    for policy in (["dense"], ["h2o", "--budget", 64], ["quest", "--budget", 72], ["quest", "--budget", 4096]):
+        results = {}
+        for chunk in (1, 7, 64):
+            run = decode(binary, *arguments, "--policy", *policy, "--prompt-chunk", chunk)
+            check(run.returncode == 0, f"chunks of {chunk}, {policy}: {run.stderr.strip()}")
+            results[chunk] = json.loads(out.read_text())["policies"][0]
+        for chunk in (7, 64):
+            what = f"chunks of {chunk}, {policy}"
+            check(results[chunk]["tokens"] == results[1]["tokens"], f"{what}: other tokens")
+            error = relative_error(np.array(results[chunk]["logits"]), np.array(results[1]["logits"]))
+            check(error < TOLERANCE, f"{what}: logits differ by {error:.1e}")
+            check(error > 0, f"{what}: not a bit differs, so nothing was read in chunks")
+            check(results[chunk]["evicted_tokens"] == results[1]["evicted_tokens"], f"{what}: evictions")
+        if policy == ["dense"]:
+            tokens = results[64]["tokens"]
+            expected = reference(config, weights, prompt + tokens)[0][len(prompt) - 1 : -1]
+            error = relative_error(np.array(results[64]["logits"]), expected[np.arange(len(tokens)), tokens])
+            check(error < TOLERANCE, f"chunks: logits differ from the reference by {error:.1e}")
+    print("prompt chunks: checked")
+
+
 def check_refusals(binary, root, config):
     """Each directory differs from a good one in one point and must be refused in one sentence that names it."""
     base = root / "refused"
@@ -382,6 +410,7 @@ def main():
         check_model(binary, root, "qwen2-bias-bf16-shards", qwen, "BF16", 3, 2)
         check_model(binary, root, "llama3-rope-f16", llama3, "F16", 1, 3)
         check_model(binary, root, "llama-rope-parameters", newer, "F32", 2, 4)
+        check_prompt_chunks(binary, root, qwen)
         check_refusals(binary, root, llama)
     print("all checks passed" if not failures else f"{len(failures)} checks failed")
     sys.exit(1 if failures else 0)
