@@ -12,6 +12,7 @@
 #include "../examples/common/allocation_counter.hpp"
 #include "kvsparse/cache/any_cache.hpp"
 #include "kvsparse/interop/eigen_executor.hpp"
+#include "kvsparse/interop/page_lists.hpp"
 #include "kvsparse/interop/thread_team.hpp"
 #include "support/random_trace.hpp"
 
@@ -80,6 +81,8 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
   for (std::vector<float>* rows : {&k, &v, &q}) {
     for (float& element : *rows) element = static_cast<float>(rng.gaussian());
   }
+  std::vector<std::int32_t> indptr(9), indices(8 * config.max_tokens), last_page_len(8);
+  CsrPageLists lists(indptr, indices, last_page_len);
   const Counters before;
   bool ok = true;
   for (int round = 0; round < 2; ++round) {
@@ -95,6 +98,9 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
       ok = ok && attend(cache, std::span<const float>(q).subspan(row * group * kv, group * kv),
                         std::span<float>(out).first(group * kv), lse)
                      .ok();
+      lists.clear();
+      ok = ok && list_resident(cache, lists).ok() && lists.rows() == 2;
+      static_cast<void>(list_read(cache, lists));  // refused or not
       ok = ok && cache.stats().tokens == t + 1;
     }
     // Refusals cost nothing either: the sentence is made when somebody asks for it.

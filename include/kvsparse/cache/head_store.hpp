@@ -106,6 +106,7 @@ struct HeadStore {
   void clear() {
     table.clear();
     state = {};
+    query_end = {};
     evictions = 0;
     evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen = 0;
   }

@@ -112,6 +112,18 @@ class LayerHeads {
     return {head.reads.data(), head.read_count};
   }
 
+  /// What the latest query read of a head, in the order of reading: for page lists. Refused when a token came since, or
+  /// when each query head read pages of its own, of which only the last one's are known.
+  Status check_latest_reads(std::size_t kv_head) const {
+    const Head& head = heads_[kv_head];
+    const bool known = head.query_end == next_ && queries_per_selection(kv_head) == geometry().group();
+    if (known && next_index() > 0) return {};
+    return {Status::Code::query_is_over, static_cast<std::size_t>(head.query_end.value), next_index()};
+  }
+  std::span<const PageRead> latest_reads(std::size_t kv_head) const {
+    return {heads_[kv_head].reads.data(), heads_[kv_head].read_count};
+  }
+
   /// More pages, given the softmax over those read so far; empty when the policy has enough.
   std::span<const PageRead> select_more(std::size_t kv_head, QueryGroup queries,
                                         std::span<const SoftmaxState> states) noexcept {

@@ -123,8 +123,11 @@ class PagedKvCache : private LayerPages<Policy> {
   // --- looking ---
 
   CacheStats stats() const { return Pages::stats(bytes_per_resident_page()); }
+  using Pages::check_latest_reads;
+  using Pages::latest_reads;
   using Pages::read_positions;
   using Pages::resident_positions;
+  using Pages::table;
 
   /// What one resident page of one kv head costs: keys, values, summary, policy state.
   std::size_t bytes_per_resident_page() const {

@@ -38,6 +38,14 @@ class [[nodiscard]] Status {
     layer_out_of_turn,      ///< a step of a sequence brings its token to every layer once, lowest first
     layer_drifted,          ///< a layer of a sequence holds another number of tokens than the sequence
     step_is_prompt,         ///< a decode token for one layer in a step that brings prompt to the others
+    lists_too_small,        ///< a caller's array has no room for a page list
+    page_read_in_part,      ///< a page list cannot leave out tokens of a page, unless it ends there
+    page_weighted,          ///< a page list cannot weigh a page's tokens
+    query_rotated,          ///< a page list cannot rotate the query for a page
+    list_has_gap,           ///< a kernel that counts positions would misplace the tokens behind the gap
+    no_such_block,          ///< the engine's block table is shorter than the sequence
+    heads_differ,           ///< one page list for all kv heads, which hold different pages
+    query_is_over,          ///< the latest query's reads are not known any more
   };
 
   constexpr Status() = default;
@@ -66,6 +74,23 @@ class [[nodiscard]] Status {
                " pages must leave one page for decoding; raise budget_tokens, unpin the prompt, or choose "
                "PromptOverflow::grow or unpin_middle";
       case Code::max_tokens_reached: return "token " + value + " would exceed max_tokens = " + limit;
+      case Code::lists_too_small: return "a page list needs an array of " + value + " elements; it has " + limit;
+      case Code::page_read_in_part:
+        return "page " + value + " of the " + limit + " to list is read in part, which a page list cannot say";
+      case Code::page_weighted:
+        return "page " + value + " of the " + limit + " to list has a weight, which a page list cannot say";
+      case Code::query_rotated:
+        return "page " + value + " of the " + limit + " to list meets a rotated query, which a page list cannot say";
+      case Code::list_has_gap:
+        return "a page list for a kernel that counts positions lacks page " + value +
+               " of a sequence that reaches page " + limit;
+      case Code::no_such_block: return "page " + value + " is beyond the engine's block table of " + limit;
+      case Code::heads_differ:
+        return "kv head " + value + " has another page list than kv head 0, from entry " + limit +
+               " on; list each head, or name pages by a block table if only their ids differ";
+      case Code::query_is_over:
+        return "what the query at length " + value + " read is not known at length " + limit +
+               ", or was read query head by query head; ask before the next append, or list a selection";
       case Code::nothing_to_attend: return "a query came for " + value + " tokens, but " + limit + " are in the cache";
       case Code::layer_out_of_turn:
         return "layer " + value + " came where it is the turn of layer " + limit +
