@@ -185,7 +185,7 @@ TEST(SequenceCache, RefusesLayersThatAreNone) {
   const Rows rows = rows_of(0);
   std::vector<Cache> layers(2, Cache(small_config()));
   ASSERT_TRUE(layers[1].append(rows.token_k(0), rows.token_v(0)).ok());
-  EXPECT_EQ(refusal([&] { SequenceCache<Cache>{layers}; }), "one layer has 1 tokens and another 0");
+  EXPECT_EQ(refusal([&] { SequenceCache<Cache>{layers}; }), "one layer has 0 tokens and another 1");
 }
 
 TEST(SequenceCache, TakesTheBytesOfItsLayers) {

@@ -52,6 +52,17 @@
 #define KVSPARSE_NOINLINE
 #endif
 
+// Zeroes the bytes of an object that belong to no member, where the compiler can: what was left there on some stack
+// belongs in no file.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_clear_padding)
+#define KVSPARSE_CLEAR_PADDING(pointer) __builtin_clear_padding(pointer)
+#endif
+#endif
+#ifndef KVSPARSE_CLEAR_PADDING
+#define KVSPARSE_CLEAR_PADDING(pointer) static_cast<void>(pointer)
+#endif
+
 // The AVX-512 subset that the 16-lane kernels need.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define KVSPARSE_AVX512 1

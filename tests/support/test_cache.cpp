@@ -2,6 +2,7 @@
 #include "test_cache.hpp"
 
 #include "kvsparse/cache/any_cache.hpp"
+#include "kvsparse/interop/snapshot.hpp"
 
 namespace kvsparse_test {
 
@@ -48,6 +49,9 @@ Status TestCache::attend(std::span<const float> q, std::span<float> out, std::sp
 Status TestCache::attend_prompt(TokenRows<const float> q, TokenRows<float> out) {
   return hidden_->cache.attend_prompt(q, out);
 }
+
+void TestCache::save(std::ostream& out) const { kvsparse::save(hidden_->cache, out); }
+void TestCache::load(std::istream& in) { kvsparse::load(hidden_->cache, in); }
 
 const kvsparse::CacheConfig& TestCache::config() const { return hidden_->cache.config(); }
 std::string_view TestCache::policy_name() const { return hidden_->cache.policy_name(); }

@@ -4,6 +4,7 @@
 // (test_cache.cpp) pays for all tests.
 #pragma once
 
+#include <iosfwd>
 #include <memory>
 #include <span>
 #include <string>
@@ -41,6 +42,9 @@ class TestCache {
   kvsparse::Status attend_prompt(kvsparse::TokenRows<const float> q, kvsparse::TokenRows<float> out);
   kvsparse::Status attend(std::span<const float> q, std::span<float> out, std::span<float> lse,
                           kvsparse::ExecutorRef executor);
+
+  void save(std::ostream& out) const;
+  void load(std::istream& in);
 
   const kvsparse::CacheConfig& config() const;
   std::string_view policy_name() const;

@@ -172,6 +172,9 @@ class AnyCache {
   std::vector<Position> read_positions(std::size_t kv_head) const { return cache_->read_positions(kv_head); }
 
  private:
+  friend struct detail::ImageAccess;
+  detail::LayerImage image() { return cache_->image(); }
+
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
@@ -194,6 +197,7 @@ class AnyCache {
     virtual std::size_t object_bytes() const noexcept = 0;
     virtual std::vector<Position> resident_positions(std::size_t kv_head) const = 0;
     virtual std::vector<Position> read_positions(std::size_t kv_head) const = 0;
+    virtual detail::LayerImage image() = 0;
   };
 
   template <class Policy, class Scalar>
@@ -233,6 +237,7 @@ class AnyCache {
       return cache.resident_positions(kv_head);
     }
     std::vector<Position> read_positions(std::size_t kv_head) const override { return cache.read_positions(kv_head); }
+    detail::LayerImage image() override { return detail::ImageAccess::of(cache); }
     PagedKvCache<Policy, Scalar> cache;
   };
 

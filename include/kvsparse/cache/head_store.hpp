@@ -17,6 +17,7 @@
 #include "../policy/policy.hpp"
 #include "attend_scratch.hpp"
 #include "cache_config.hpp"
+#include "layer_image.hpp"
 
 namespace kvsparse::detail {
 
@@ -109,6 +110,16 @@ struct HeadStore {
     query_end = {};
     evictions = 0;
     evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen = 0;
+  }
+
+  HeadImage image() {
+    return {&table,
+            StatesImage::of(std::span(page_states)),
+            StatesImage::of(std::span(&state, 1)),
+            std::as_writable_bytes(std::span(query_window)),
+            &evictions,
+            {&evicted_tokens, &read_tokens, &skipped_tokens, &queries_seen},
+            &query_end};
   }
 
   // --- one query ---

@@ -156,6 +156,28 @@ class LayerPages : public LayerHeads<Policy> {
         page_capacity_(plan.page_capacity),
         sink_pages_(plan.sink_pages),
         decode_pages_(plan.decode_pages) {}
+  /// All but the facts and the rows.
+  detail::LayerImage image() {
+    detail::LayerImage image;
+    image.geometry = geometry();
+    image.max_tokens = Evictor<Policy> ? 0 : config_.max_tokens;
+    image.page_budget = configured_page_budget_;
+    image.page_capacity = page_capacity_;
+    image.sink_pages = sink_pages_;
+    image.decode_pages = decode_pages_;
+    image.pins_prompt = traits::pin_prompt(policy_);
+    image.unpins_middle = config_.prompt_overflow == PromptOverflow::unpin_middle;
+    image.heads_agree = LayerEvictor<Policy>;
+    image.next = &next_;
+    image.prompt_ended = &prompt_ended_;
+    image.prompt_tokens = &prompt_tokens_;
+    image.running_page_budget = &context_.page_budget;
+    image.peak_resident_tokens = &peak_resident_tokens_;
+    image.peak_resident_pages = &peak_resident_pages_;
+    image.layer_state = detail::StatesImage::of(std::span(&layer_state_, 1));
+    for (Head& head : heads_) image.heads.push_back(head.image());
+    return image;
+  }
   /// After a copy whose rows lie elsewhere.
   void set_store(const void* store) { store_ = store; }
 

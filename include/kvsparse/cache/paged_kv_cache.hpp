@@ -11,6 +11,7 @@
 #include "../core/shape_check.hpp"
 #include "attend_scratch.hpp"
 #include "layer_pages.hpp"
+#include "page_image.hpp"
 #include "page_store.hpp"
 
 namespace kvsparse {
@@ -152,6 +153,14 @@ class PagedKvCache : private LayerPages<Policy> {
   detail::AttendScratch& attend_scratch(std::size_t kv_head) { return scratch_[kv_head]; }  // for attend() alone
 
  private:
+  friend struct detail::ImageAccess;
+  detail::LayerImage image() {
+    detail::LayerImage image = Pages::image();
+    image.facts = detail::cache_facts<Policy, Key, Value>(config(), policy());
+    image.pages = detail::pages_image(*store_, geometry().head_dim);
+    return image;
+  }
+
   PagedKvCache(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan)
       : Pages(config, policy, plan, Store::row_access(), nullptr),
         store_(std::make_unique<Store>(plan.geometry, traits::page_summary(policy),

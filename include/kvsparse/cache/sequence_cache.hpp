@@ -29,11 +29,10 @@ class SequenceCache {
   /// differ in length.
   explicit SequenceCache(std::vector<Cache> layers) : layers_(std::move(layers)) {
     if (layers_.empty()) detail::refuse("a sequence has 0 layers; it must have at least 1");
-    length_ = layers_.front().next_position();
     for (const Cache& layer : layers_) {
-      if (layer.next_position() != length_) {
+      if (layer.next_position() != next_position()) {
         detail::refuse("one layer has " + detail::quoted(index(layer.next_position())) + " tokens and another " +
-                       detail::quoted(index(length_)));
+                       detail::quoted(index(next_position())));
       }
     }
   }
@@ -58,7 +57,7 @@ class SequenceCache {
 
   /// The length of the sequence: tokens that every layer has. A step that has not reached the last layer does not
   /// count.
-  Position next_position() const { return length_; }
+  Position next_position() const { return layers_.back().next_position(); }
   /// The layer whose turn it is; 0 between two steps.
   std::size_t turn() const { return turn_; }
 
@@ -87,8 +86,7 @@ class SequenceCache {
   /// Empties every layer.
   void clear() noexcept {
     for (Cache& layer : layers_) layer.clear();
-    length_ = {};
-    turn_ = step_tokens_ = 0;
+    turn_ = 0;
   }
 
   // --- looking ---
@@ -133,12 +131,15 @@ class SequenceCache {
       used_share += layer.used_page_share;
       ++judging;
     }
-    total.tokens = index(length_);
+    total.tokens = index(next_position());
     if (judging > 0) total.used_page_share = used_share / static_cast<double>(judging);
     return total;
   }
 
  private:
+  friend struct detail::ImageAccess;
+  void begin_step() { turn_ = 0; }
+
   static std::size_t index(Position position) { return static_cast<std::size_t>(position.value); }
 
   template <class Policy>
@@ -162,11 +163,12 @@ class SequenceCache {
   Status check_turn(std::size_t layer, std::size_t tokens, bool prompt) const {
     using Code = Status::Code;
     if (layer != turn_) return {Code::layer_out_of_turn, layer, turn_};
-    if (layers_[layer].next_position() != length_) {
-      return {Code::layer_drifted, index(layers_[layer].next_position()), index(length_)};
+    const Position length = next_position();
+    if (layers_[layer].next_position() != length) {
+      return {Code::layer_drifted, index(layers_[layer].next_position()), index(length)};
     }
     if (turn_ == 0) return {};
-    if (prompt && !step_is_prompt_) return {Code::prompt_ended, index(length_), index(length_)};
+    if (prompt && !step_is_prompt_) return {Code::prompt_ended, index(length), index(length)};
     if (!prompt && step_is_prompt_) return {Code::step_is_prompt, layer, step_tokens_};
     if (tokens != step_tokens_) return {Code::wrong_tokens, tokens, step_tokens_};
     return {};
@@ -175,11 +177,7 @@ class SequenceCache {
     if (!appended) return appended;
     step_tokens_ = tokens;
     step_is_prompt_ = prompt;
-    turn_ = layer + 1;
-    if (turn_ == layers_.size()) {
-      turn_ = 0;
-      length_ = length_ + tokens;
-    }
+    turn_ = layer + 1 == layers_.size() ? 0 : layer + 1;
     return appended;
   }
   /// A layer attends what this step brought it.
@@ -188,8 +186,7 @@ class SequenceCache {
     return has_token ? Status{} : Status{Status::Code::layer_out_of_turn, layer, turn_};
   }
 
-  std::vector<Cache> layers_;
-  Position length_;
+  std::vector<Cache> layers_;  // the last one has the sequence's length: a step reaches it last
   std::size_t turn_ = 0;
   std::size_t step_tokens_ = 0;  // what the running step brings each layer
   bool step_is_prompt_ = false;

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a cache is, as a list of names and values: two caches with the same facts can continue each other's sequence.
+#pragma once
+
+#include <algorithm>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "../core/scalar.hpp"
+#include "../policy/options.hpp"
+#include "../version.hpp"
+#include "cache_config.hpp"
+
+namespace kvsparse::detail {
+
+struct CacheFact {
+  std::string name;
+  std::string value;
+  friend bool operator==(const CacheFact&, const CacheFact&) = default;
+};
+using CacheFacts = std::vector<CacheFact>;
+
+/// The index-th of "a|b|c".
+inline std::string_view name_at(std::string_view names, std::size_t index) {
+  while (index-- > 0) names.remove_prefix(std::min(names.size(), names.find('|') + 1));
+  return names.substr(0, names.find('|'));
+}
+
+/// A number in the shortest digits that read back as the same; names: of an enum.
+template <class Value>
+std::string fact_text(const Value& value, std::string_view names = {}) {
+  if constexpr (std::is_same_v<Value, bool>) {
+    return value ? "true" : "false";
+  } else if constexpr (std::is_enum_v<Value>) {
+    return std::string(name_at(names, static_cast<std::size_t>(value)));
+  } else {
+    char digits[32];
+    return {digits, std::to_chars(digits, digits + sizeof digits, value).ptr};
+  }
+}
+
+/// Every field of a configuration. A field added to CacheConfig does not compile before it is named here.
+inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
+  const auto& [query_heads, kv_heads, head_dim, page_size, budget_tokens, read_budget_tokens, max_tokens,
+               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope_theta] = config;
+  facts.push_back({"query_heads", fact_text(query_heads)});
+  facts.push_back({"kv_heads", fact_text(kv_heads)});
+  facts.push_back({"head_dim", fact_text(head_dim)});
+  facts.push_back({"page_size", fact_text(page_size)});
+  facts.push_back({"budget_tokens", fact_text(budget_tokens)});
+  facts.push_back({"read_budget_tokens", fact_text(read_budget_tokens)});
+  facts.push_back({"max_tokens", fact_text(max_tokens)});
+  facts.push_back({"prompt_overflow", fact_text(prompt_overflow, "error|grow|unpin_middle")});
+  facts.push_back({"max_prompt_tokens", fact_text(max_prompt_tokens)});
+  facts.push_back({"min_decode_tokens", fact_text(min_decode_tokens)});
+  facts.push_back({"layer", fact_text(layer)});
+  facts.push_back({"softmax_scale", fact_text(softmax_scale)});
+  facts.push_back({"rope_theta", fact_text(rope_theta)});
+}
+
+/// The policy's options, and what it makes of the layout. Its state is saved as the bytes it is, so the sizes matter.
+template <class Policy>
+void add_facts(CacheFacts& facts, Policy policy) {
+  visit_options(policy, [&](std::string_view name, const auto& value, std::string_view names) {
+    facts.push_back({"option " + std::string(name), fact_text(value, names)});
+  });
+  facts.push_back({"page_summary", fact_text(traits::page_summary(policy), "none|min_max|mean")});
+  facts.push_back({"query_window", fact_text(traits::query_window(policy))});
+  facts.push_back({"bytes of page state", fact_text(sizeof(PageState<Policy>))});
+  facts.push_back({"bytes of head state", fact_text(sizeof(HeadState<Policy>))});
+  facts.push_back({"bytes of layer state", fact_text(sizeof(LayerState<Policy>))});
+}
+
+inline std::string version_text() {
+  return fact_text(KVSPARSE_VERSION_MAJOR) + "." + fact_text(KVSPARSE_VERSION_MINOR) + "." +
+         fact_text(KVSPARSE_VERSION_PATCH);
+}
+
+template <class Policy, StorageScalar Key, StorageScalar Value>
+CacheFacts cache_facts(const CacheConfig& config, const Policy& policy) {
+  CacheFacts facts{{"kvsparse", version_text()},
+                   {"policy", std::string(Policy::name)},
+                   {"keys", std::string(scalar_name<Key>)},
+                   {"values", std::string(scalar_name<Value>)}};
+  add_facts(facts, config);
+  add_facts(facts, policy);
+  return facts;
+}
+
+/// How the facts of a snapshot differ from those of the cache that is to continue from it: a sentence about the first
+/// difference, empty if there is none.
+inline std::string difference(const CacheFacts& snapshot, const CacheFacts& cache) {
+  for (std::size_t i = 0; i < snapshot.size() && i < cache.size(); ++i) {
+    if (snapshot[i] == cache[i]) continue;
+    if (snapshot[i].name == cache[i].name) {
+      return cache[i].name + " is " + snapshot[i].value + " in the snapshot and " + cache[i].value + " here";
+    }
+    return "the snapshot says " + snapshot[i].name + " = " + snapshot[i].value + " where this cache has " +
+           cache[i].name + " = " + cache[i].value;
+  }
+  if (snapshot.size() == cache.size()) return {};
+  return "the snapshot states " + fact_text(snapshot.size()) + " facts and this cache " + fact_text(cache.size());
+}
+
+}  // namespace kvsparse::detail
