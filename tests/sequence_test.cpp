@@ -3,13 +3,16 @@
 // All layers of a sequence: they cannot drift apart, and each behaves as a cache of its own would.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <string>
 #include <vector>
 
+#include "kvsparse/cache/any_cache.hpp"
 #include "kvsparse/cache/layer_schedule.hpp"
 #include "kvsparse/cache/sequence_cache.hpp"
+#include "kvsparse/cache/sequence_table.hpp"
 #include "kvsparse/kvsparse.hpp"
 #include "support/rows.hpp"
 
@@ -193,6 +196,134 @@ TEST(SequenceCache, TakesTheBytesOfItsLayers) {
   std::size_t bytes = 0;
   for (const CacheConfig& config : three_layers()) bytes += sizeof(Cache) + Cache::bytes_required(config);
   EXPECT_EQ((SequenceCache<Cache>::bytes_required(three_layers(), Raas{})), bytes);
+}
+
+// --- layers chosen by name ---
+
+/// The few that these tests need; an engine compiles the whole name table once.
+AnyCache choose(const LayerChoice& layer) {
+  EXPECT_EQ(layer.keys, layer.values);
+  if (layer.policy == "dense") return AnyCache::of<Dense, float>(layer.keys, layer.config, layer.options);
+  if (layer.policy == "h2o") return AnyCache::of<H2o, float>(layer.keys, layer.config, layer.options);
+  return AnyCache::of<Raas, float>(layer.keys, layer.config, layer.options);
+}
+
+TEST(AnySequence, EveryLayerHasItsOwnPolicyOptionsAndBudget) {
+  LayerChoice layer;
+  layer.policy = "raas";
+  layer.options = {{"alpha", "0.05"}};
+  layer.config = small_config();
+  LayerSchedule schedule = uniform_schedule(4, layer);
+  keep_first_layers_dense(schedule, 1);
+  schedule[2].policy = "h2o";
+  schedule[2].options = {{"pin_prompt", "true"}};
+  set_budgets(std::span(schedule).subspan(1), pyramid_budgets(3, 84, 4, {3.0, 0}));
+  SequenceCache<AnyCache> sequence(schedule, choose);
+
+  Raas raas;
+  raas.options.alpha = 0.05;
+  H2o h2o;
+  h2o.options.pin_prompt = true;
+  PagedKvCache<Dense> layer_0(schedule[0].config);
+  PagedKvCache<Raas> layer_1(schedule[1].config, raas);
+  PagedKvCache<H2o> layer_2(schedule[2].config, h2o);
+  PagedKvCache<Raas> layer_3(schedule[3].config, raas);
+  std::vector<float> out(24), expected(24);
+  for (std::size_t t = 0; t < 60; ++t) {
+    const auto step = [&](std::size_t l, auto& alone) {
+      const Rows rows = rows_of(l);
+      const auto k = rows.token_k(t), v = rows.token_v(t);
+      ASSERT_TRUE((t < 5 ? sequence.append_prompt(l, k, v) : sequence.append(l, k, v)).ok());
+      ASSERT_TRUE((t < 5 ? alone.append_prompt(k, v) : alone.append(k, v)).ok());
+      ASSERT_TRUE(sequence.attend(l, rows.token_q(t), std::span<float>(out)).ok());
+      ASSERT_TRUE(attend(alone, rows.token_q(t), expected).ok());
+      ASSERT_EQ(out, expected) << "layer " << l << ", token " << t;
+    };
+    step(0, layer_0);
+    step(1, layer_1);
+    step(2, layer_2);
+    step(3, layer_3);
+  }
+  EXPECT_EQ(sequence.layer(0).stats().resident_tokens, 60U);
+  EXPECT_GT(sequence.layer(1).stats().peak_resident_tokens, sequence.layer(2).stats().peak_resident_tokens);
+  EXPECT_GT(sequence.layer(2).stats().peak_resident_tokens, sequence.layer(3).stats().peak_resident_tokens);
+  // Layer 3 has room for its prompt and the open page alone, so its policy never had anything to judge.
+  EXPECT_TRUE(std::isnan(layer_3.stats().used_page_share));
+  EXPECT_EQ(sequence.stats().used_page_share, layer_1.stats().used_page_share);
+}
+
+// --- many sequences ---
+
+TEST(SequenceTable, ABatchInAnyOrderNeverMixesPolicyState) {
+  LayerChoice layer;
+  layer.config = small_config();
+  layer.policy = "raas";
+  const LayerSchedule all_raas = uniform_schedule(2, layer);
+  LayerSchedule with_h2o = all_raas;
+  with_h2o[1].policy = "h2o";
+  const auto make = [&](std::uint64_t id) {
+    return SequenceCache<AnyCache>(id % 2 == 0 ? all_raas : with_h2o, choose);
+  };
+
+  // Every sequence by itself: its outputs, token by token.
+  constexpr std::size_t longest = 50;
+  const auto rows_for = [](std::uint64_t id, std::size_t l) { return Rows(longest, small_config(), 100 * id + l); };
+  const auto step = [&](SequenceCache<AnyCache>& sequence, std::uint64_t id, std::size_t t) {
+    std::vector<float> outputs, out(24);
+    for (std::size_t l = 0; l < 2; ++l) {
+      const Rows rows = rows_for(id, l);
+      EXPECT_TRUE(sequence.append(l, rows.token_k(t), rows.token_v(t)).ok());
+      EXPECT_TRUE(sequence.attend(l, rows.token_q(t), std::span<float>(out)).ok());
+      outputs.insert(outputs.end(), out.begin(), out.end());
+    }
+    return outputs;
+  };
+  constexpr std::uint64_t ids[] = {7, 2, 40, 3, 18, 5};
+  std::vector<std::vector<std::vector<float>>> alone;
+  for (const std::uint64_t id : ids) {
+    SequenceCache<AnyCache> sequence = make(id);
+    std::vector<std::vector<float>>& outputs = alone.emplace_back();
+    for (std::size_t t = 0; t < longest; ++t) outputs.push_back(step(sequence, id, t));
+  }
+
+  // The same in batches that are shuffled, condensed and refilled at every step.
+  SequenceTable<AnyCache> table;
+  std::vector<std::size_t> done(std::size(ids));
+  TestRng rng(3);
+  while (*std::min_element(done.begin(), done.end()) < longest) {
+    std::vector<std::size_t> batch;
+    for (std::size_t i = 0; i < std::size(ids); ++i) {
+      if (done[i] < longest && rng.below(3) > 0)
+        batch.insert(batch.begin() + rng.below(static_cast<int>(batch.size()) + 1), i);
+    }
+    for (const std::size_t i : batch) {
+      const SequenceId id{ids[i]};
+      if (!table.contains(id)) table.add(id, make(ids[i]));
+      EXPECT_EQ(table.at(id).next_position(), (Position{static_cast<std::int64_t>(done[i])}));
+      ASSERT_EQ(step(table.at(id), ids[i], done[i]), alone[i][done[i]])
+          << "sequence " << ids[i] << ", token " << done[i];
+      ++done[i];
+      EXPECT_EQ(done[i] == longest && table.remove(id), done[i] == longest);
+    }
+  }
+  EXPECT_EQ(table.size(), 0U);
+}
+
+TEST(SequenceTable, KnowsItsSequencesById) {
+  using Cache = PagedKvCache<Raas>;
+  SequenceTable<Cache> table;
+  SequenceCache<Cache>& first = table.add({9}, SequenceCache<Cache>(three_layers(), Raas{}));
+  for (std::uint64_t id = 0; id < 8; ++id) table.add({id}, SequenceCache<Cache>(three_layers(), Raas{}));
+  EXPECT_EQ(&table.at({9}), &first);
+  EXPECT_EQ(table.find({10}), nullptr);
+  EXPECT_TRUE(table.remove({4}));
+  EXPECT_FALSE(table.remove({4}));
+  EXPECT_EQ(table.ids(), (std::vector<SequenceId>{{0}, {1}, {2}, {3}, {5}, {6}, {7}, {9}}));
+  EXPECT_EQ(refusal([&] { table.at({4}); }), "there is no sequence 4 among the 8");
+  EXPECT_EQ(refusal([&] { table.add({9}, SequenceCache<Cache>(three_layers(), Raas{})); }),
+            "sequence 9 is already there");
+  table.clear();
+  EXPECT_EQ(table.size(), 0U);
 }
 
 // --- schedules ---

@@ -8,10 +8,12 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "attend.hpp"
+#include "layer_schedule.hpp"
 #include "paged_kv_cache.hpp"
 
 namespace kvsparse {
@@ -41,6 +43,12 @@ class SequenceCache {
   requires std::constructible_from<Cache, const CacheConfig&, const Policy&>
   explicit SequenceCache(std::span<const CacheConfig> layers, const Policy& policy)
       : SequenceCache(make_layers(layers, policy)) {}
+
+  /// A cache for each layer of a schedule, as make(const LayerChoice&) makes it. Throws ConfigError.
+  template <class Make>
+  requires std::is_invocable_r_v<Cache, Make&, const LayerChoice&> SequenceCache(const LayerSchedule& schedule,
+                                                                                 Make&& make)
+      : SequenceCache(layers_of(schedule, make)) {}
 
   /// Bytes that construction from the same arguments allocates for the layers. Throws ConfigError.
   template <class Policy>
@@ -147,6 +155,14 @@ class SequenceCache {
     std::vector<Cache> layers;
     layers.reserve(configs.size());
     for (const CacheConfig& config : configs) layers.emplace_back(config, policy);
+    return layers;
+  }
+
+  template <class Make>
+  static std::vector<Cache> layers_of(const LayerSchedule& schedule, Make& make) {
+    std::vector<Cache> layers;
+    layers.reserve(schedule.size());
+    for (const LayerChoice& layer : schedule) layers.push_back(make(layer));
     return layers;
   }
 
