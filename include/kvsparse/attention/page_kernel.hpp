@@ -48,8 +48,8 @@ using simd::lanes;
 
 inline constexpr std::size_t query_block = 4;
 /// Tokens whose softmax advances together: enough of them that rescaling the accumulators and moving the maximum cost
-/// little, few enough that their keys and values stay in the nearest cache.
-inline constexpr std::size_t chunk_tokens = 64;
+/// little, few enough that their keys and values stay in a near cache.
+inline constexpr std::size_t chunk_tokens = 128;
 
 /// How a block of query heads shares a vector: lane q * tile + t belongs to query q and to the t-th token of a tile.
 /// All queries' softmaxes then advance in the same instructions, and reductions stay within a query's lanes.
@@ -60,18 +60,18 @@ struct TileLanes {
   /// One value for each query, spread over its lanes.
   template <class Value>
   static KVSPARSE_INLINE Floats spread(Value&& value) {
-    Floats result{};
+    Floats values{};
     KVSPARSE_UNROLL
-    for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane / tile);
-    return result;
+    for (std::size_t q = 0; q < Queries; ++q) values[q] = value(q);
+    return spread(values, std::make_index_sequence<lanes>{});
   }
   /// One value for each token of a tile, repeated for every query.
   template <class Value>
   static KVSPARSE_INLINE Floats of_tokens(Value&& value) {
-    Floats result{};
+    Floats values{};
     KVSPARSE_UNROLL
-    for (std::size_t lane = 0; lane < lanes; ++lane) result[lane] = value(lane % tile);
-    return result;
+    for (std::size_t t = 0; t < tile; ++t) values[t] = value(t);
+    return repeat(values, std::make_index_sequence<lanes>{});
   }
   /// Combines a query's lanes with one another; every one of them then holds the result.
   template <class Combine>
@@ -100,6 +100,14 @@ struct TileLanes {
   static constexpr std::size_t page_floats(const PageRead& read) { return round_up(read.tokens, tile) * Queries; }
 
  private:
+  template <std::size_t... Lane>
+  static KVSPARSE_INLINE Floats spread(Floats v, std::index_sequence<Lane...>) {
+    return __builtin_shufflevector(v, v, static_cast<int>(Lane / tile)...);
+  }
+  template <std::size_t... Lane>
+  static KVSPARSE_INLINE Floats repeat(Floats v, std::index_sequence<Lane...>) {
+    return __builtin_shufflevector(v, v, static_cast<int>(Lane % tile)...);
+  }
   template <std::size_t... Lane>
   static KVSPARSE_INLINE Floats transpose(Floats v, std::index_sequence<Lane...>) {
     return __builtin_shufflevector(v, v, static_cast<int>(Lane % Queries * tile + Lane / Queries)...);
@@ -133,19 +141,21 @@ inline Chunk first_chunk(std::span<const PageRead> reads) {
   return {reads.first(pages), reads.subspan(pages, ahead)};
 }
 
-template <class Scalar>
-KVSPARSE_INLINE void prefetch_elements(const Scalar* elements, std::size_t count) {
+template <std::size_t Count, class Scalar>
+KVSPARSE_INLINE void prefetch_elements(const Scalar* elements) {
   constexpr std::size_t line = 64;
   const char* bytes = reinterpret_cast<const char*>(elements);
-  for (std::size_t i = 0; i < count * sizeof(Scalar); i += line) simd::prefetch(bytes + i);
+  KVSPARSE_UNROLL
+  for (std::size_t i = 0; i < Count * sizeof(Scalar); i += line) simd::prefetch(bytes + i);
 }
 
 /// Logits of the page's tokens, -inf in the lanes beyond them. Tiles of Queries x tile dot products live in registers;
 /// a tile that sticks out of the page repeats the last row, so nothing beyond the page's tokens is read. The page's
-/// values, wanted next, are prefetched meanwhile if `prefetches`.
+/// values, wanted next, are prefetched meanwhile, as many elements in each round as keys are read: a loop of its own
+/// would cost more than the prefetches.
 template <std::size_t Queries, class Key, class Value>
 KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& read, const float* queries,
-                                 std::size_t query_stride, bool prefetches, float* logits) {
+                                 std::size_t query_stride, float* logits) {
   using Tile = TileLanes<Queries>;
   constexpr std::size_t tile = Tile::tile;
   const Key* keys = kv.keys + read.page.value * kv.key_page_stride;
@@ -153,12 +163,13 @@ KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& 
   const std::size_t row = round_up(kv.head_dim, row_padding);
   const std::size_t last = read.tokens - 1;
   for (std::size_t first = 0; first <= last; first += tile) {
-    if (prefetches) prefetch_elements(values + first * kv.value_row_stride, tile * kv.value_row_stride);
+    const Value* wanted_next = values + first * kv.value_row_stride;
     const Key* rows[tile];
     KVSPARSE_UNROLL
     for (std::size_t t = 0; t < tile; ++t) rows[t] = keys + std::min(first + t, last) * kv.key_row_stride;
     Floats sums[lanes] = {};
     const auto add_products = [&](std::size_t i, auto load_key) {
+      prefetch_elements<tile * lanes>(wanted_next + tile * i);
       Floats query[Queries];
       KVSPARSE_UNROLL
       for (std::size_t q = 0; q < Queries; ++q) {
@@ -182,6 +193,7 @@ KVSPARSE_INLINE void page_logits(const PagedKv<Key, Value>& kv, const PageRead& 
     if constexpr (lanes > row_padding) {
       if (i < row) add_products(i, [](const Key* key) { return simd::load_half_row(key); });
     }
+    if constexpr (has_scale<Value>) simd::prefetch(wanted_next + tile * kv.value_row_stride - 1);
     Floats products = simd::sum_each(sums);
     if constexpr (has_scale<Key>)
       products *= Tile::of_tokens([&](std::size_t t) { return row_scale(rows[t], kv.head_dim); });
@@ -275,8 +287,6 @@ KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& k
 template <std::size_t Queries, std::size_t Vectors, bool HalfRow, class Key, class Value>
 KVSPARSE_INLINE void add_values(const PagedKv<Key, Value>& kv, const Chunk& chunk, std::size_t offset,
                                 const ChunkWeights& weights, const float* keep, SoftmaxState* states) {
-  const std::size_t row = round_up(kv.head_dim, row_padding);
-  const std::size_t end = std::min(row, offset + Vectors * lanes);
   Floats sums[Queries][Vectors];
   KVSPARSE_UNROLL
   for (std::size_t q = 0; q < Queries; ++q) {
@@ -287,29 +297,25 @@ KVSPARSE_INLINE void add_values(const PagedKv<Key, Value>& kv, const Chunk& chun
   }
   const float* weight = weights.values;
   for (std::size_t r = 0; r < chunk.reads.size(); ++r) {
-    if (r < chunk.next.size()) {
-      const Key* next_keys = kv.keys + chunk.next[r].page.value * kv.key_page_stride;
-      const std::size_t elements = chunk.next[r].tokens * kv.key_row_stride;
-      prefetch_elements(next_keys + elements * offset / row, elements * end / row - elements * offset / row);
-    }
     const PageRead& read = chunk.reads[r];
+    const PageRead& next = r < chunk.next.size() ? chunk.next[r] : read;
+    const Key* wanted_next = kv.keys + next.page.value * kv.key_page_stride + offset;
     const Value* value = kv.values + read.page.value * kv.value_page_stride + offset;
     KVSPARSE_NO_UNROLL
     for (std::size_t t = 0; t < read.tokens; ++t) {
-      Floats elements[Vectors];
-      KVSPARSE_UNROLL
-      for (std::size_t v = 0; v < Vectors; ++v) {
-        if constexpr (HalfRow) {
-          elements[v] = simd::load_half_row(value);
-        } else {
-          elements[v] = simd::in_register(simd::load(value + v * lanes));
-        }
-      }
+      prefetch_elements<Vectors * lanes>(wanted_next);
+      if constexpr (has_scale<Key>) simd::prefetch(wanted_next + Vectors * lanes);
+      wanted_next += kv.key_row_stride;
+      Floats of_query[Queries];
       KVSPARSE_UNROLL
       for (std::size_t q = 0; q < Queries; ++q) {
-        const Floats of_query = simd::broadcast(weight[t * Queries + q]);
+        of_query[q] = simd::in_register(simd::broadcast(weight[t * Queries + q]));
+      }
+      KVSPARSE_UNROLL
+      for (std::size_t v = 0; v < Vectors; ++v) {
+        const Floats element = simd::in_register(HalfRow ? simd::load_half_row(value) : simd::load(value + v * lanes));
         KVSPARSE_UNROLL
-        for (std::size_t v = 0; v < Vectors; ++v) sums[q][v] = simd::fma(of_query, elements[v], sums[q][v]);
+        for (std::size_t q = 0; q < Queries; ++q) sums[q][v] = simd::fma(of_query[q], element, sums[q][v]);
       }
       value += kv.value_row_stride;
     }
@@ -349,15 +355,15 @@ KVSPARSE_INLINE void chunk_values(const PagedKv<Key, Value>& kv, const Chunk& ch
 
 /// A chunk for a block of query heads; tap: of the chunk's first page and the block's first head.
 template <std::size_t Queries, class Key, class Value>
-void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefetches, const float* queries,
-                  std::size_t query_stride, SoftmaxState* states, PageTap tap) {
+void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, const float* queries, std::size_t query_stride,
+                  SoftmaxState* states, PageTap tap) {
   using Tile = TileLanes<Queries>;
   ChunkWeights weights;
   float* logits = weights.values;
   for (std::size_t r = 0; r < chunk.reads.size(); ++r) {
     const PageRead& read = chunk.reads[r];
     KVSPARSE_ASSERT(read.tokens >= 1 && read.tokens <= max_page_size);
-    page_logits<Queries>(kv, read, queries, query_stride, prefetches, logits);
+    page_logits<Queries>(kv, read, queries, query_stride, logits);
     if (read.token_mask != nullptr || read.log_weight != 0.0F) apply_read_options<Queries>(read, logits);
     if (tap.token_logits != nullptr) {
       for (std::size_t q = 0; q < Queries; ++q) {
@@ -369,7 +375,7 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, bool prefet
   }
   float keep[Queries];
   chunk_softmax<Queries>(kv, chunk.reads, states, weights, keep, tap);
-  chunk_values<Queries>(kv, prefetches ? chunk : Chunk{chunk.reads, {}}, weights, keep, states);
+  chunk_values<Queries>(kv, chunk, weights, keep, states);
 }
 
 }  // namespace detail
@@ -387,7 +393,7 @@ void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads
     const detail::Chunk chunk = detail::first_chunk(reads);
     std::size_t q = 0;
     const auto block = [&]<std::size_t Queries>() {
-      detail::attend_chunk<Queries>(kv, chunk, q == 0, queries + q * query_stride, query_stride, states.data() + q,
+      detail::attend_chunk<Queries>(kv, chunk, queries + q * query_stride, query_stride, states.data() + q,
                                     tap.from(0, q));
       q += Queries;
     };
