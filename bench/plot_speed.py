@@ -221,21 +221,31 @@ def roofline_tables(report):
 
 def micro_table(report):
     """Medians of the repetitions if there are any, else the single runs: policies by N, for each shape."""
-    runs = [run for run in report["benchmarks"] if run["name"].startswith("decode_step/")]
-    aggregates = [run for run in runs if run.get("aggregate_name") == "median"]
-    runs = aggregates or [run for run in runs if run.get("run_type") == "iteration"]
+    def of_kind(kind):
+        runs = [run for run in report["benchmarks"] if run["name"].startswith(kind + "/")]
+        return [run for run in runs if run.get("aggregate_name") == "median"] or \
+               [run for run in runs if run.get("run_type") == "iteration"]
+
+    def policy_table(kind, of_what):
+        shapes = {}
+        for run in of_kind(kind):
+            _, policy, dtype, n, *rest = run["run_name"].split("/")
+            shape = shapes.setdefault((dtype, *rest), {})
+            shape.setdefault(policy, {})[int(n.partition(":")[2])] = run
+        for (dtype, *rest), policies in shapes.items():
+            sizes = sorted({n for cells in policies.values() for n in cells})
+            rows = [[policy, *(f"{cells[n]['real_time']:.0f} us ({100 * cells[n]['roofline']:.0f} %)" if n in cells
+                               else "" for n in sizes)] for policy, cells in policies.items()]
+            table([f"{dtype}, {', '.join(rest)}: {of_what}", *(f"N = {n}" for n in sizes)], rows)
+
     introduce("Policies", report["context"], report["context"].get("command", report["context"]["executable"]))
-    shapes = {}
-    for run in runs:
-        _, policy, dtype, n, *rest = run["run_name"].split("/")
-        shape = shapes.setdefault((dtype, *rest), {})
-        shape.setdefault(policy, {})[int(n.partition(":")[2])] = run
-    for (dtype, *rest), policies in shapes.items():
-        sizes = sorted({n for cells in policies.values() for n in cells})
-        rows = [[policy, *(f"{cells[n]['real_time']:.0f} us ({100 * cells[n]['roofline']:.0f} %)" if n in cells else ""
-                           for n in sizes)] for policy, cells in policies.items()]
-        heading = f"{dtype}, {', '.join(rest)}: step (of the roofline of what it reads)"
-        table([heading, *(f"N = {n}" for n in sizes)], rows)
+    policy_table("decode_step", "step (of the roofline of what it reads)")
+    policy_table("select", "selection alone (of the bandwidth of the summaries)")
+    prefills = of_kind("prefill")
+    if prefills:
+        table(["prefill", "time", "GFLOP/s", "of FMA peak"],
+              [[run["run_name"].partition("/")[2].replace("/", ", "), f"{run['real_time']:.1f} ms",
+                f"{run['flops_per_second'] / 1e9:.0f}", f"{100 * run['roofline']:.0f} %"] for run in prefills])
 
 
 def curve_table(report):

@@ -32,9 +32,9 @@ mkdir -p "$results"
 printf '\n== roofline\n'
 "$build/bench/roofline" --tokens 1024,65536 --json "$results/roofline.json"
 
-printf '\n== decode steps, selection, append\n'
+printf '\n== decode steps, selection, append, prefill\n'
 usual='/(dense|streaming_llm|h2o|raas|kindred|random|quest)/f16/N:[0-9]+/L:1024/group:4/head_dim:128'
-"$build/bench/kvsparse_bench" --benchmark_filter="(decode_step|select|append)$usual|bandwidth" \
+"$build/bench/kvsparse_bench" --benchmark_filter="(decode_step|select|append)$usual|prefill|bandwidth" \
   --benchmark_min_time=0.1 --benchmark_repetitions=3 --benchmark_enable_random_interleaving=true \
   --benchmark_report_aggregates_only=true --benchmark_out="$results/micro.json" --benchmark_out_format=json
 
@@ -42,7 +42,7 @@ printf '\n== decode curve\n'
 "$build/bench/decode_curve" "${curve_tokens[@]}" --csv "$results/decode_curve.csv" --json "$results/decode_curve.json"
 
 printf '\n== compile time\n'
-/usr/bin/python3 bench/compile_time.py --rounds 3 --json "$results/compile_time.json"
+/usr/bin/python3 bench/compile_time.py --rounds 5 --json "$results/compile_time.json"
 
 printf '\n== tables and pictures\n'
 /usr/bin/python3 bench/plot.py curve --csv "$results/decode_curve.csv" --output "$results"

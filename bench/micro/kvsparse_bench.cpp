@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Microbenchmarks of one layer: decode_step, append, select, and the machine's limits to hold them against. On one
-// thread but for the decode_steps whose name says otherwise. bench/README.md says how to choose among them and how to
-// read them.
+// Microbenchmarks of one layer: decode_step, append, select, prefill, and the machine's limits to hold them against. On
+// one thread but for the decode_steps whose name says otherwise. bench/README.md says how to choose among them and how
+// to read them.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -102,7 +102,8 @@ void append(benchmark::State& state, const Case& of) {
   time_steps<Policy, Scalar>(state, of, [](auto& layer) { layer.append(); });
 }
 
-/// Choosing the pages of all kv heads, without reading them.
+/// Choosing the pages of all kv heads, without reading them. Counter roofline: the share of the time that reading the
+/// summaries of all pages takes at the bandwidth of the cache level in which they fit.
 template <class Policy, class Scalar>
 void select(benchmark::State& state, const Case& of) {
   Layer<Policy, Scalar> layer(of.shape, of.tokens, of.budget);
@@ -117,9 +118,44 @@ void select(benchmark::State& state, const Case& of) {
   const std::size_t pages = of.shape.pages_for(of.tokens) * of.shape.kv_heads;
   state.counters["pages_scored_per_second"] =
       benchmark::Counter(static_cast<double>(pages), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["summary_bytes"] =
+  const auto bytes =
       static_cast<double>(pages * kvsparse::PageSummaries<kvsparse::SummaryScalar<Scalar>>::bytes_per_page(
                                       of.shape, kvsparse::traits::page_summary(Policy{})));
+  const Roofline bound = roofline(limits, caches, bytes, 0.0);
+  state.counters["summary_bytes"] = bytes;
+  state.counters["roofline"] = benchmark::Counter(bound.seconds, benchmark::Counter::kIsIterationInvariantRate);
+  state.SetLabel(std::string("memory, ") + name_of(bound.level));
+}
+
+/// Causal attention of the newest `chunk` tokens' queries to all N tokens. Counter roofline: the share of the FMA peak.
+template <class Scalar>
+void prefill(benchmark::State& state, const Case& of, std::size_t chunk) {
+  Layer<kvsparse::Dense, Scalar> layer(of.shape, of.tokens, of.budget);
+  std::vector<float> q(chunk * of.shape.query_heads * of.shape.head_dim), out(q.size());
+  RandomRows(2).fill(q);
+  const kvsparse::TokenRows<const float> queries(q.data(), chunk, of.shape.query_heads, of.shape.head_dim);
+  const kvsparse::TokenRows<float> outputs(out.data(), chunk, of.shape.query_heads, of.shape.head_dim);
+  for (auto _ : state) {
+    if (const kvsparse::Status status = kvsparse::attend_prompt(layer.cache(), queries, outputs); !status) {
+      state.SkipWithError(status.message().c_str());
+    }
+    benchmark::ClobberMemory();
+  }
+  const double seen =
+      static_cast<double>(chunk) * (static_cast<double>(of.tokens) - 0.5 * static_cast<double>(chunk - 1));
+  const double flops = 4.0 * seen * static_cast<double>(of.shape.query_heads * of.shape.head_dim);
+  using benchmark::Counter;
+  state.counters["flops"] = flops;
+  state.counters["flops_per_second"] = Counter(flops, Counter::kIsIterationInvariantRate);
+  state.counters["roofline"] = Counter(flops / limits.flops, Counter::kIsIterationInvariantRate);
+  state.SetLabel("arithmetic");
+}
+
+template <class Scalar>
+void register_prefill() {
+  const Case of{layer_shape, 4096};
+  const std::string name = "prefill/dense/" + std::string(kvsparse::scalar_name<Scalar>) + of.name() + "/queries:512";
+  benchmark::RegisterBenchmark(name.c_str(), prefill<Scalar>, of, 512U)->Unit(benchmark::kMillisecond);
 }
 
 template <MemoryLevel Level>
@@ -221,6 +257,10 @@ int main(int argc, char** argv) {
   register_storage_types<kvsparse::Kindred>();
   register_storage_types<kvsparse::Random>();
   register_storage_types<Compose<kvsparse::Raas, kvsparse::Quest>>();
+  register_prefill<float>();
+  register_prefill<Half>();
+  register_prefill<Bfloat16>();
+  register_prefill<Int8>();
   register_threads<kvsparse::Dense>();
   register_threads<kvsparse::Quest>();
   register_threads<kvsparse::Raas>();
