@@ -14,6 +14,7 @@ namespace kvsparse_tools::ideas {
 struct ValueWeighted {
   static constexpr std::string_view name = "value_weighted";
   static constexpr kvsparse::EvidenceKind evidence = kvsparse::EvidenceKind::page_mass;
+  static constexpr bool reads_rows = true;
 
   struct Options {
     double alpha = 0.01;

@@ -113,6 +113,13 @@ struct PageListOptions {
   bool kernel_counts_positions = false;
 };
 
+/// Rows that list_selection adds: one for each kv head, or for each query head where the policy selects for each.
+template <class Layer>
+std::size_t selection_rows(const Layer& layer) {
+  const bool by_query = traits::selection(layer.policy()) == SelectionScope::query_head;
+  return by_query ? layer.geometry().query_heads : layer.geometry().kv_heads;
+}
+
 namespace detail {
 
 /// The pages of one row: those of `table` that `reads` names, or all of them.
@@ -227,6 +234,31 @@ Status add_shared(const Geometry& geometry, const PageListOptions& options, List
   return add_row(first, geometry, options, lists);
 }
 
+/// The rows of list_selection; after_row(row, pages) for each of them, counted from 0.
+template <class Layer, class Lists, class AfterRow>
+Status add_selection(Layer& layer, HeadRows<const float> q, const PageListOptions& options, Lists& lists,
+                     AfterRow&& after_row) {
+  const Geometry& geometry = layer.geometry();
+  if (layer.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
+  if (const Status status = check_rows(q, geometry.query_heads, geometry); !status) return status;
+  const std::size_t before = lists.rows();
+  const std::size_t rows = selection_rows(layer);
+  const std::size_t queries = geometry.query_heads / rows;
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::size_t first = row * queries;
+    const std::size_t h = first / geometry.group();
+    if (first % geometry.group() == 0) layer.begin_query(h, layer.next_position());
+    const QueryGroup group{q.row(first), queries, geometry.head_dim, q.head_stride, layer.softmax_scale()};
+    const ListedPages pages{layer.table(h), layer.select(h, group), false};
+    if (const Status status = add_row(pages, geometry, options, lists); !status) {
+      lists.keep_rows(before);
+      return status;
+    }
+    after_row(row, pages.size());
+  }
+  return {};
+}
+
 }  // namespace detail
 
 // `Layer` below is a PagedKvCache, or the LayerPages of an engine that keeps its keys and values itself. Every verb
@@ -262,35 +294,13 @@ Status list_read(const Layer& layer, Lists& lists, const PageListOptions& option
   });
 }
 
-/// Rows that list_selection adds: one for each kv head, or for each query head where the policy selects for each.
-template <class Layer>
-std::size_t selection_rows(const Layer& layer) {
-  const bool by_query = traits::selection(layer.policy()) == SelectionScope::query_head;
-  return by_query ? layer.geometry().query_heads : layer.geometry().kv_heads;
-}
-
 /// Starts the query q, [query_heads, head_dim], of the newest token and lists what it reads: a row for each kv head, or
 /// for each query head (selection_rows). The first selection alone: what select_more adds depends on the softmax over
 /// it.
 template <class Layer, class Lists>
 Status list_selection(Layer& layer, HeadRows<const float> q, Lists& lists,
                       const PageListOptions& options = {}) noexcept {
-  const Geometry& geometry = layer.geometry();
-  if (layer.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = check_rows(q, geometry.query_heads, geometry); !status) return status;
-  const std::size_t before = lists.rows();
-  const std::size_t queries = geometry.query_heads / selection_rows(layer);
-  for (std::size_t first = 0; first < geometry.query_heads; first += queries) {
-    const std::size_t h = first / geometry.group();
-    if (first % geometry.group() == 0) layer.begin_query(h, layer.next_position());
-    const QueryGroup group{q.row(first), queries, geometry.head_dim, q.head_stride, layer.softmax_scale()};
-    const detail::ListedPages pages{layer.table(h), layer.select(h, group), false};
-    if (const Status status = detail::add_row(pages, geometry, options, lists); !status) {
-      lists.keep_rows(before);
-      return status;
-    }
-  }
-  return {};
+  return detail::add_selection(layer, q, options, lists, [](std::size_t, std::size_t) {});
 }
 
 /// Where the keys and values of the tokens from `first` on lie, one number for each: entry * page_size + slot, or -1

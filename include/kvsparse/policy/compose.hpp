@@ -47,6 +47,7 @@ struct Compose {
   using LayerState = kvsparse::LayerState<Evict>;
 
   static constexpr bool select_always = traits::select_always<Select>();
+  static constexpr bool reads_rows = traits::reads_rows<Evict>() || traits::reads_rows<Select>();
 
   SelectionScope selection() const { return traits::selection(select_part); }
   EvidenceKind evidence() const { return traits::evidence(evict) | traits::evidence(select_part); }

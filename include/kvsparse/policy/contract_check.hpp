@@ -36,6 +36,7 @@ KVSPARSE_DEFINE_HAS_MEMBER(options)
 KVSPARSE_DEFINE_HAS_MEMBER(selection)
 KVSPARSE_DEFINE_HAS_MEMBER(scope)
 KVSPARSE_DEFINE_HAS_MEMBER(granularity)
+KVSPARSE_DEFINE_HAS_MEMBER(reads_rows)
 
 KVSPARSE_DEFINE_HAS_TRAIT(selection)
 KVSPARSE_DEFINE_HAS_TRAIT(evidence)
@@ -201,6 +202,12 @@ struct ContractCheck {
           },
       "kvsparse policy: the trait granularity has the wrong type. Write: static constexpr PolicyGranularity "
       "granularity = PolicyGranularity::token;");
+  static_assert(
+      !has_member_reads_rows<P> ||
+          requires {
+            { P::reads_rows } -> std::convertible_to<bool>;
+          },
+      "kvsparse policy: the trait reads_rows has the wrong type. Write: static constexpr bool reads_rows = true;");
   static_assert(has_trait_selection<P, SelectionScope>,
                 "kvsparse policy: the trait selection has the wrong type. Write: static constexpr SelectionScope "
                 "selection = SelectionScope::query_head; or SelectionScope selection() const;");

@@ -226,13 +226,16 @@ class HeadPages {
   // --- stored data, as floats ---
   /// row: [head_dim]. O(head_dim).
   void load_key(PageIndex page, Slot slot, std::span<float> row) const {
+    KVSPARSE_ASSERT(rows().load_key != nullptr);
     rows().load_key(storage_.rows, table()[page].page, slot, row);
   }
   void load_value(PageIndex page, Slot slot, std::span<float> row) const {
+    KVSPARSE_ASSERT(rows().load_value != nullptr);
     rows().load_value(storage_.rows, table()[page].page, slot, row);
   }
   /// lowest, highest: [head_dim], channel-wise over the page's keys. Needs page_summary = min_max.
   void load_bounds(PageIndex page, std::span<float> lowest, std::span<float> highest) const {
+    KVSPARSE_ASSERT(rows().load_bounds != nullptr);
     rows().load_bounds(storage_.rows, table()[page].page, lowest, highest);
   }
   /// mean: [head_dim] mean of the page's keys. Needs page_summary = mean.

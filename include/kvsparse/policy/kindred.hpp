@@ -14,8 +14,7 @@
 // With trust 0 the oldest stamp goes, as in RaaS, which breaks ties by mass and stamps the page being filled always.
 // Source: kvsparse's own; measured in README.  Needs: page mass; reads values.  Per step: O(L d), and 1/B of that again
 // for a victim. Memory: L tokens, prompt included; a stamp and a bit a page, 263 numbers a head; 256 channels at most.
-// Limits: it gains only where a page is about as large as what is cited: pages of 2 and 4 on lines of 12 tokens; at 5,
-// 8 and 16 it was no better than RaaS. Measured on small models and one kind of problem.
+// Limits: gains only where a page is about as large as what is cited: 2 and 4 on lines of 12 tokens, not 5, 8 and 16.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +29,7 @@ namespace kvsparse {
 struct Kindred {
   static constexpr std::string_view name = "kindred";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
+  static constexpr bool reads_rows = true;
   static constexpr std::size_t max_channels = 256;
 
   struct Options {

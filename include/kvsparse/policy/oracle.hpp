@@ -16,6 +16,7 @@ struct Oracle {
   static constexpr std::string_view name = "oracle";
   static constexpr PolicyGranularity granularity = PolicyGranularity::token;
   static constexpr SelectionScope selection = SelectionScope::query_head;
+  static constexpr bool reads_rows = true;
 
   void select(HeadView<Oracle> head, QueryGroup queries, Selection& reads) const {
     const std::size_t budget = head.read_page_budget() * head.page_size();

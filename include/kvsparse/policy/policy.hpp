@@ -22,6 +22,7 @@
 //   evidence       * (none)      EvidenceKind flags: what observe needs from the kernel
 //   query_window   * (0)         recent queries that the container keeps for HeadPages::recent_queries
 //   page_summary   * (none)      PageSummary::min_max or mean
+//   reads_rows       (false)     load_key or load_value is called: an engine that lends no rows cannot serve the policy
 //   slack_tokens   * (0)         a lagged evictor aims this far below the budget, so that the budget holds between trims
 //   period         * (0)         decode steps between two calls of trim
 //   pin_prompt     * (false)     pages that hold a prompt token are never victims
@@ -196,6 +197,16 @@ constexpr bool select_always() {
                   { P::select_always } -> std::convertible_to<bool>;
                 }) {
     return P::select_always;
+  } else {
+    return false;
+  }
+}
+template <class P>
+constexpr bool reads_rows() {
+  if constexpr (requires {
+                  { P::reads_rows } -> std::convertible_to<bool>;
+                }) {
+    return P::reads_rows;
   } else {
     return false;
   }
