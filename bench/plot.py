@@ -4,6 +4,7 @@
 
     plot.py pictures  --csv results.csv [--csv more.csv] [--output DIR] [--only accuracy,long] [--where dtype=f32]
     plot.py table     --csv results.csv [--metric answer] [--where set=fall]
+    plot.py beside    --csv results.csv --model main --sets fall,uniform --budgets 192,256,384 [--policies raas,quest]
     plot.py attention --trace DIR --problems problems.jsonl [--output DIR]     DIR from decode --record-trace
     plot.py waterfall --run DIR --problems problems.jsonl [--output DIR]       DIR holds decode's --json comparison.json
                                                                                and its --resident resident/
@@ -19,9 +20,10 @@ import matplotlib.pyplot as plt
 
 import plot_attention
 import plot_speed
-from plot_accuracy import METRICS, PICTURES, draw_pictures, print_tables
+from plot_accuracy import PICTURES, draw_pictures
 from plot_rows import NUMBER_COLUMNS, TEXT_COLUMNS, read_rows
 from plot_style import InputError
+from plot_tables import METRICS, print_beside, print_tables
 
 
 def condition(text):
@@ -29,6 +31,14 @@ def condition(text):
     if not separator or column not in (*TEXT_COLUMNS, *NUMBER_COLUMNS):
         raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=VALUE with a column of the CSV")
     return column, value
+
+
+def listed(text):
+    return text.split(",")
+
+
+def listed_counts(text):
+    return [int(part) for part in text.split(",")]
 
 
 def names_of_pictures(text):
@@ -42,7 +52,7 @@ def names_of_pictures(text):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="pictures|table|attention|waterfall|curve|speed")
+                                     metavar="pictures|table|beside|attention|waterfall|curve|speed")
 
     def command(name, meaning, output=True):
         added = commands.add_parser(name, help=meaning, description=meaning)
@@ -67,8 +77,16 @@ def parse_options():
                           help="some of " + ",".join(PICTURES) + " [all]")
     table = command("table", "print Markdown tables: value ± standard error, a dash where a budget was refused", False)
     takes_csv(table)
-    table.add_argument("--metric", choices=tuple(METRICS), default="answer",
-                       help="final answers, whole chains, lines before the first error, tokens generated [answer]")
+    beside = command("beside", "print one Markdown table with the budgets of several sets side by side", False)
+    takes_csv(beside)
+    beside.add_argument("--model", default="main", help="[main]")
+    beside.add_argument("--sets", type=listed, default=["fall", "uniform"], help="[fall,uniform]")
+    beside.add_argument("--budgets", type=listed_counts, default=[192, 256, 384], help="[192,256,384]")
+    beside.add_argument("--page-size", type=int, default=4, help="[4]")
+    beside.add_argument("--policies", type=listed, help="in this order [all]")
+    for added in (table, beside):
+        added.add_argument("--metric", choices=tuple(METRICS), default="answer",
+                           help="final answers, whole chains, lines before the first error, tokens generated [answer]")
     attend = command("attention", "draw attention_map.png from a trace of one decoded problem")
     attend.add_argument("--trace", type=pathlib.Path, required=True, metavar="DIR",
                         help="what decode --record-trace wrote")
@@ -80,9 +98,9 @@ def parse_options():
                       help="holds comparison.json (decode --json) and resident/ (decode --resident)")
     takes_problem(fall)
     fall.add_argument("--policies", metavar="NAMES", help="some of comparison.json's, separated by commas [all]")
-    fall.add_argument("--columns", type=int, default=3, help="panels side by side [3]")
+    fall.add_argument("--columns", type=int, default=4, help="panels side by side [4]")
     fall.add_argument("--layer", type=int, default=1, help="[1]")
-    fall.add_argument("--head", type=int, default=1, help="kv head [1]")
+    fall.add_argument("--head", type=int, default=0, help="kv head [0]")
     curve = command("curve", "draw step_time.png and resident_bytes.png: both against the tokens decoded")
     curve.add_argument("--csv", type=pathlib.Path, required=True, help="from decode_curve")
     speed = command("speed", "print Markdown tables of the timing benches, each with the command it came from", False)
@@ -104,6 +122,9 @@ def main():
             draw_pictures(options)
         elif options.command == "table":
             print_tables(read_rows(options.csv, options.where), METRICS[options.metric])
+        elif options.command == "beside":
+            print_beside(read_rows(options.csv, options.where), METRICS[options.metric], options.model, options.sets,
+                         options.budgets, options.page_size, options.policies)
         else:
             {"attention": plot_attention.attention, "waterfall": plot_attention.waterfall,
              "curve": plot_speed.curve, "speed": plot_speed.speed}[options.command](options)

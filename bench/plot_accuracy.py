@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and tables of accuracy against budget, from the rows of `reasoning`."""
+"""Pictures of accuracy against budget, from the rows of `reasoning`."""
 import math
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import AutoLocator, FixedLocator
 
-from plot_rows import MODELS, PERCENT, SETS, by_policy, dense_of, pick, present, read_rows
-from plot_style import (BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, SPARE_LOOKS, STYLES, finish, legend_below,
+from plot_rows import MODELS, PERCENT, SETS, by_policy, dense_of, model_name, pick, present, read_rows, shares
+from plot_style import (BLUE, BROWN, GREEN, GREY, ORANGE, PINK, RED, SKY, SPARE_LOOKS, STYLES, finish, legend_below,
                         logarithmic, shown)
 
+# What is set beside RaaS wherever there is room for few lines.
+MAIN = ("raas", "kindred", "raas:evidence=quest_bound:alpha=0.01", "h2o:pin_prompt=true", "h2o",
+        "streaming_llm:pin_prompt=true", "streaming_llm", "random", "quest")
+LIBRARY_STYLES = frozenset(STYLES)  # the research policies get theirs when they turn up
 AXIS_NAMES = {"answer_right": "right final answers [%]", "lines_right": "lines before the first error",
               "tokens_generated": "tokens generated", "stamped_share": "pages stamped per step [%]"}
 
@@ -24,11 +28,6 @@ def style_of(policy, rows):
             "linewidth": width, "linestyle": (0, (4, 2)) if all_kept else "-", "markersize": 8 if marker == "*" else 6,
             "markerfacecolor": colour if filled else "white", "markeredgecolor": colour,
             "zorder": 5 if policy == "raas" else 3, "alpha": 1.0 if width > 1.3 else 0.8}
-
-
-def shares(rows, column):
-    scale = 100 if column in PERCENT else 1
-    return [scale * row.values[column] for row in rows], [scale * row.error(column) for row in rows]
 
 
 def draw_policies(axes, rows, y, x="budget", x_scale=1.0):
@@ -79,7 +78,7 @@ def panels_by_set(rows, names):
 
 def measure_grid(panels, measures, width, set_x_axis):
     """A column per panel {heading: rows}, a row per measure."""
-    size = (max(width * len(panels), 8.5), 1.9 + 3.1 * len(measures))
+    size = (max(width * len(panels), 8.5), 0.6 + 2.5 * len(measures))
     figure, grid = plt.subplots(len(measures), len(panels), figsize=size, squeeze=False, sharey="row", sharex="col")
     for column, (heading, part) in zip(grid.T, panels.items()):
         for axes, measure in zip(column, measures):
@@ -93,8 +92,13 @@ def measure_grid(panels, measures, width, set_x_axis):
     return figure, grid
 
 
-def model_name(model):
-    return "model of varied lines" if model == "varied" else f"{model} model"
+def close(figure, axes_list, title, path, dense=None, note=None, columns=3, extra=()):
+    finish(figure, title, path, legend_below(figure, axes_list, dense, columns, extra), note, grows=True)
+    return True
+
+
+def main_policies(rows):
+    return [row for row in rows if row.policy == "dense" or row.policy in MAIN]
 
 
 # ------------------------------------------------------------------------------------------ pictures from the CSV
@@ -129,7 +133,7 @@ def accuracy_title(panels):
                     and dense and clearly_below(row, dense)), default=None)
     limits = [("on uniform", lost(("uniform", "main"))), ("with the plain model", lost(("fall", "plain")))]
     limits = [f"{where} not even with {budget:g}" for where, budget in limits if budget]
-    return title + (";\n" + ", ".join(limits) if limits else "")
+    return title + ("; " + ", ".join(limits) if limits else "")
 
 
 def policies_only(rows):
@@ -137,7 +141,7 @@ def policies_only(rows):
 
 
 def accuracy(rows, path):
-    panels = {(name, model): policies_only(pick(rows, model=model, set=name, page_size=4))
+    panels = {(name, model): main_policies(pick(rows, model=model, set=name, page_size=4))
               for model in ("main", "plain") for name in ("fall", "uniform")}
     title = accuracy_title(panels)
     panels = {f"{name}, {model_name(model)}": part for (name, model), part in panels.items() if draws_something(part)}
@@ -147,67 +151,88 @@ def accuracy(rows, path):
     figure, grid = measure_grid(panels, ("answer_right", "lines_right"), 3.3, lambda axes, _: budget_axis(axes, drawn))
     for axes in grid[0]:
         guess = axes.axhline(10, color=GREY, linewidth=0.9, linestyle=(0, (1, 3)), zorder=1)
-    used = legend_below(figure, grid[0], dense_of(drawn), extra=[(guess, "a guess is right in 10 %")])
     note = ("Pages of 4. fall: what a line cites goes silent for good after a few lines; uniform: any earlier line may "
             "be cited. The plain model was not trained to ignore what it does not need. Like dense: at most two "
             "standard errors below, there and at larger budgets.")
     if any(row.refused for row in rows):
         note += " Not drawn: budgets that a policy refuses, because the prompt that it pins does not fit."
-    finish(figure, title, path, used, note)
-    return True
+    return close(figure, grid[0], title, path, dense_of(drawn), note, extra=[(guess, "a guess is right in 10 %")])
+
+
+def sets(rows, path):
+    panels = panels_by_set(main_policies(pick(rows, model="main", page_size=4)), SETS)
+    if len(panels) < 3:
+        return False
+    drawn = [row for part in panels.values() for row in part]
+    figure, grid = measure_grid(panels, ("answer_right", "lines_right"), 2.5, lambda axes, _: budget_axis(axes, drawn))
+    for axes in grid[-1]:
+        axes.set_xlabel("budget [tokens]")
+    return close(figure, grid[0], "Every set: from what falls silent within a few lines to what never does", path,
+                 dense_of(drawn), "Main model, pages of 4. gmax: the longest silence of what is still cited, in lines; "
+                 "6 in fall itself.", columns=5)
 
 
 def accuracy_bytes(rows, path):
-    chosen = policies_only(pick(rows, model="main", page_size=4))
-    panels = panels_by_set(chosen, SETS[:5])
+    panels = panels_by_set(main_policies(pick(rows, model="main", page_size=4)), SETS[:5])
     if not panels:
         return False
-    columns = min(3, len(panels))
-    depth = -(-len(panels) // columns)
-    figure, grid = plt.subplots(depth, columns, figsize=(4 * columns, 1.7 + 3 * depth), squeeze=False, sharey=True)
+    measures = ("answer_right", "lines_right")
+    figure, grid = plt.subplots(2, len(panels), figsize=(max(3.1 * len(panels), 8.5), 5.8), squeeze=False,
+                                sharey="row", sharex=True)
     drawn = [row for part in panels.values() for row in part]
     sizes = [row.peak_resident_bytes / 1024 for row in drawn]
     ticks = [2.0 ** n for n in range(math.ceil(math.log2(min(sizes))), math.floor(math.log2(max(sizes))) + 1)]
-    for axes, (name, part) in zip(grid.flat, panels.items()):
-        draw_policies(axes, part, "answer_right", "peak_resident_bytes", 1 / 1024)
+    for column, (name, part) in zip(grid.T, panels.items()):
         dense = dense_of(part)
-        if dense is not None:
-            axes.plot(dense.peak_resident_bytes / 1024, 100 * dense.answer_right, "kd", markersize=7, zorder=6)
-        logarithmic(axes.xaxis, ticks)
-        axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
-        axes.set_title(name, fontsize=12, loc="left")
-        axes.set_xlabel("peak resident memory [KiB, one sequence]")
-    for axes in grid[:, 0]:
-        axes.set_ylabel(AXIS_NAMES["answer_right"])
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.axis("off")
-    used = legend_below(figure, grid.flat, dense_of(drawn))
-    finish(figure, "Accuracy against the memory that the cache really fills, main model, pages of 4 tokens", path, used,
-           "Pages, their summaries and the policies' own state, all layers and heads. Diamond: dense.")
-    return True
+        for axes, measure in zip(column, measures):
+            draw_policies(axes, part, measure, "peak_resident_bytes", 1 / 1024)
+            if dense is not None:
+                (value,), _ = shares([dense], measure)
+                axes.plot(dense.peak_resident_bytes / 1024, value, "kd", markersize=7, zorder=6)
+            logarithmic(axes.xaxis, ticks)
+            axes.set_xlim(min(sizes) / 1.1, max(sizes) * 1.1)
+        column[0].set_title(name, fontsize=12, loc="left")
+        column[-1].set_xlabel("peak resident memory [KiB]")
+    for axes, measure in zip(grid[:, 0], measures):
+        axes.set_ylabel(AXIS_NAMES[measure])
+    return close(figure, grid.flat, "Accuracy at equal memory: what the cache of one sequence really fills", path,
+                 dense_of(drawn), "Main model, pages of 4. Pages, their summaries and the policies' own state, all "
+                 "layers and heads. Diamond: dense. Quest keeps every token whatever its budget: a column of dots.",
+                 columns=4)
 
 
-def page_size(rows, path):
-    chosen = policies_only(pick(rows, model="main", set="fall"))
-    panels = {policy: part for policy, part in by_policy(chosen).items() if len({row.page_size for row in part}) > 1}
-    if not panels:
+def variants(rows, path):
+    """RaaS by its own rule, by the letter of its papers, and without its pin, beside what is no scoring at all."""
+    chosen = [row for row in policies_only(pick(rows, model="main", set="fall"))
+              if row.policy.split(":")[0] in ("dense", "raas", "raas+quest", "random", "oracle")]
+    sizes = [size for size in present([row for row in chosen if row.policy != "dense"], "page_size", ()) if size > 1]
+    panels = {f"fall, pages of {size:g}": pick(chosen, page_size=size) for size in sizes}
+    if not panels or not any(row.policy == "raas:used=rank" for row in chosen):
         return False
-    columns, dense = min(4, len(panels)), dense_of(chosen)
+    figure, grid = measure_grid(panels, ("answer_right", "lines_right"), 5.2, lambda axes, _: budget_axis(axes, chosen))
+    return close(figure, grid[0], "What counts as use decides RaaS", path, dense_of(chosen),
+                 "Main model. Paper v1 stamps a page whose Quest bound has a softmax above alpha = .0001, paper v2 the "
+                 "top half of the pages by that bound.")
+
+
+def comparison(panels, dense, lines, axis_rows, title, path, note, columns):
+    """A panel per heading with one line per name: {heading: {name: rows}}."""
     depth = -(-len(panels) // columns)
-    figure, grid = plt.subplots(depth, columns, figsize=(3.1 * columns, 1.0 + 2.75 * depth), squeeze=False, sharey=True)
-    sizes = present([row for part in panels.values() for row in part], "page_size", ())
+    figure, grid = plt.subplots(depth, columns, figsize=(3.1 * columns, 0.4 + 2.5 * depth), squeeze=False, sharey=True)
     looks = [(RED, "o", "-"), (BLUE, "s", (0, (4, 2))), (GREEN, "^", (0, (1, 1))), (PINK, "v", (0, (6, 1, 1, 1)))]
-    for axes, (policy, part) in zip(grid.flat, panels.items()):
-        for size, (colour, marker, line) in zip(sizes, looks):
-            points = pick(part, page_size=size)
+    for axes, (heading, parts) in zip(grid.flat, panels.items()):
+        for name, (colour, marker, line) in zip(lines, looks):
+            points = parts.get(name, [])
+            if not points:
+                continue
             values, errors = shares(points, "answer_right")
             axes.errorbar([row.budget for row in points], values, yerr=errors, color=colour, marker=marker,
-                          markersize=5, linestyle=line, elinewidth=1, capsize=2, label=f"pages of {size:g} tokens")
+                          markersize=5, linestyle=line, elinewidth=1, capsize=2, label=name)
         if dense is not None:
             axes.axhline(100 * dense.answer_right, color="black", linewidth=1, linestyle=":", zorder=1)
         finish_axis(axes, "answer_right")
-        budget_axis(axes, chosen)
-        axes.set_title(style_of(policy, part)["label"], fontsize=10.5, loc="left")
+        budget_axis(axes, axis_rows)
+        axes.set_title(heading, fontsize=10.5, loc="left")
         axes.set_xlabel("")
     for axes in list(grid.flat)[len(panels) :]:
         axes.axis("off")
@@ -215,22 +240,91 @@ def page_size(rows, path):
         row[0].set_ylabel("right answers [%]")
     for axes in list(grid.flat)[max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("budget [tokens per kv head]")
-    used = legend_below(figure, grid.flat, dense, columns=len(sizes) + 1)
-    finish(figure, "Accuracy with small and large pages, set fall, main model", path, used)
+    return close(figure, grid.flat, title, path, dense, note, columns=len(lines) + 1)
+
+
+def page_size(rows, path):
+    chosen = policies_only(pick(rows, model="main", set="fall"))
+    wanted = (*MAIN, "raas:preset=paper_v1", "raas:preset=paper_v2", "oracle")
+    sizes = present([row for row in chosen if row.page_size in (1, 4, 16)], "page_size", ())
+    names = {size: f"pages of {size:g} token{'' if size == 1 else 's'}" for size in sizes}
+    panels = {style_of(policy, part)["label"]: {names[size]: pick(part, page_size=size) for size in sizes}
+              for policy, part in by_policy(chosen).items()
+              if policy in wanted and len({row.page_size for row in part} & {4, 16}) > 1}
+    if not panels:
+        return False
+    return comparison(panels, dense_of(chosen), list(names.values()), chosen,
+                      "Accuracy by tokens, with small and with large pages", path, "Set fall, main model.", 4)
+
+
+def seeds(rows, path):
+    """The same recipe from other random numbers."""
+    models = [model for model in MODELS if model.split("_")[0] == "main"]
+    shown_policies = ("raas", "raas:evidence=quest_bound:alpha=0.01", "h2o:pin_prompt=true", "random", "quest")
+    chosen = [row for row in pick(rows, page_size=4)
+              if row.model in models and row.policy in (*shown_policies, "dense")]
+    if len({row.model for row in chosen}) < 2:
+        return False
+    shared = {row.budget for row in chosen if row.model == models[1]}
+    names = {model: f"seed {number}" for number, model in enumerate(models, 1)}
+    panels = {}
+    for name in ("fall", "uniform"):
+        for policy in shown_policies:
+            part = [row for row in pick(chosen, set=name, policy=policy) if row.budget in shared]
+            panels[f"{name}: {STYLES[policy][0]}"] = {
+                label: sorted(pick(part, model=model), key=lambda row: row.budget) for model, label in names.items()}
+    drawn = [row for parts in panels.values() for part in parts.values() for row in part]
+    return comparison(panels, None, list(names.values()), drawn,
+                      "Three models of one recipe, trained from different random numbers", path, "Pages of 4.",
+                      len(shown_policies))
+
+
+def ideas(rows, path):
+    """Final answers of every idea on every set."""
+    chosen = policies_only(pick(rows, model="main", page_size=4))
+    names = [name for name in ("fall", "mile", "lru", "age", "uniform")
+             if any(row.policy == "decayed_mass" for row in pick(chosen, set=name))]
+    if not names:
+        return False
+    tried = [policy for policy in by_policy(chosen) if policy not in LIBRARY_STYLES]
+    policies = ["quest", "raas", "kindred", *tried, "h2o:pin_prompt=true", "random"]
+    figure, grid = plt.subplots(1, len(names), figsize=(2.1 + 2.3 * len(names), 0.5 + 0.3 * len(policies)), sharey=True,
+                                squeeze=False)
+    for axes, name in zip(grid[0], names):
+        for budget, shift, filled in ((256.0, -0.13, True), (384.0, 0.13, False)):
+            for y, policy in enumerate(policies):
+                for row in pick(chosen, set=name, policy=policy, budget=budget):
+                    colour = BROWN if policy in tried else STYLES[policy][1]
+                    (value,), (error,) = shares([row], "answer_right")
+                    axes.errorbar(value, y + shift, xerr=error, color=colour, marker="o", markersize=5.5, elinewidth=1,
+                                  capsize=2, markerfacecolor=colour if filled else "white")
+        axes.set_title(name, fontsize=12, loc="left")
+        axes.set_xlim(-4, 104)
+        axes.xaxis.set_major_locator(FixedLocator(range(0, 101, 25)))
+        axes.set_xlabel("right answers [%]")
+        axes.axvline(90, color=GREY, linewidth=1, linestyle=(0, (1, 3)), zorder=1)
+        axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    grid[0][0].set_yticks(range(len(policies)), [STYLES[policy][0] for policy in policies])
+    grid[0][0].set_ylim(len(policies) - 0.5, -0.6)
+    finish(figure, "Other rules for what RaaS forgets in long silences", path, grows=True,
+           note="Filled: budget 256; open: 384. Main model, pages of 4. Dotted: 90 %.")
     return True
 
 
 def length(rows, path):
-    chosen = policies_only(pick(rows, model="varied", page_size=4))
+    chosen = main_policies(pick(rows, model="varied", page_size=4))
     panels = panels_by_set(chosen, present(chosen, "set", SETS))
+    panels = {name: part for name, part in panels.items() if dense_of(part)}
     if not panels:
         return False
     measures = ("tokens_generated", "lines_right")
     figure, grid = measure_grid(panels, measures, 5.5, lambda axes, _: budget_axis(axes, chosen))
-    used = legend_below(figure, grid[0], dense_of(chosen))
-    finish(figure, "How long the model writes, and how far it gets before it errs", path, used,
-           "A model whose lines vary in length and which ends its text itself; pages of 4.")
-    return True
+    return close(figure, grid[0], "How long the model writes, and how far it gets before it errs", path,
+                 dense_of(chosen), "A model whose lines vary in length and which ends its text itself, or is stopped "
+                 "at twice the right length; pages of 4.")
 
 
 def sweep_of(row, parameter):
@@ -265,10 +359,10 @@ def ablation(rows, path, budget=256.0):
         return sorted(points.items())
 
     names = [name for name in ("fall", "uniform")
-             if any(len(curve(name, look, parameter, y)) > 1 for look in looks for parameter, y, _ in panels)]
+             if any(len(curve(name, look, parameter, y)) > 2 for look in looks for parameter, y, _ in panels)]
     if not names:
         return False
-    figure, grid = plt.subplots(len(names), 3, figsize=(12, 1.5 + 3.4 * len(names)), squeeze=False)
+    figure, grid = plt.subplots(len(names), 3, figsize=(12, 0.3 + 3.0 * len(names)), squeeze=False)
     for line, name in zip(grid, names):
         for axes, (parameter, y, axis_name) in zip(line, panels):
             for look, (colour, marker, filled) in looks.items():
@@ -289,9 +383,11 @@ def ablation(rows, path, budget=256.0):
             heading = "stamped pages" if y == "stamped_share" else "accuracy"
             axes.set_title(f"{name}: {heading}", fontsize=12, loc="left")
             finish_axis(axes, y)
-    used = legend_below(figure, grid.flat, columns=4)
-    finish(figure, f"When does RaaS count a page as used? Budget {budget:g} tokens, pages of 4", path, used)
-    return True
+            if y == "stamped_share":
+                axes.yaxis.set_major_locator(AutoLocator())
+                axes.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in axes.get_lines()))
+    return close(figure, grid.flat, f"When does RaaS count a page as used? Budget {budget:g} tokens, pages of 4", path,
+                 columns=4)
 
 
 def long(rows, path):
@@ -310,51 +406,12 @@ def long(rows, path):
         axes.set_xlabel("budget [part of the sequence, and tokens]")
 
     figure, grid = measure_grid(panels, ("answer_right", "lines_right"), 4.8, fraction_axis)
-    used = legend_below(figure, grid[0], dense)
-    finish(figure, f"Long chains: {tokens:,.0f} tokens in the end, pages of {sizes[0]:g}", path, used)
-    return True
+    return close(figure, grid[0], f"Long chains: {tokens:,.0f} tokens in the end, pages of {sizes[0]:g}", path, dense)
 
 
-PICTURES = {"accuracy": accuracy, "accuracy_bytes": accuracy_bytes, "page_size": page_size, "length": length,
-            "ablation": ablation, "long": long}
-
-
-def cell(row, column):
-    if row is None:
-        return ""
-    if row.refused:
-        return "–"
-    (value,), (error,) = shares([row], column)
-    digits = 0 if column in PERCENT or value >= 100 else 1
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def print_tables(rows, column):
-    """One table per model, set and page size: a line per policy, a column per budget, dense first."""
-    for model in present(rows, "model", MODELS):
-        for name in present([row for row in rows if row.model == model], "set", SETS):
-            part = [row for row in rows if (row.model, row.set) == (model, name)]
-            dense = dense_of(part)
-            for size in present([row for row in part if row.policy != "dense"], "page_size", ()):
-                table = [row for row in part if row.policy != "dense" and row.page_size == size]
-                budgets = present(table, "budget", ())
-                unit = " [%]" if column in PERCENT else ""
-                counts = ", ".join(f"{shown(n)} problems" for n in present(table, "problems", ()))
-                print(f"{model_name(model)}, `{name}`, pages of {size:g}: {TABLE_NAMES[column]}{unit}, {counts}\n")
-                print("| policy | " + " | ".join(f"{budget:g}" for budget in budgets) + " |")
-                print("|---" + "|---:" * len(budgets) + "|")
-                if dense is not None:
-                    cells = " | ".join([cell(dense, column)] * len(budgets))
-                    print(f"| `dense` (keeps {shown(dense.peak_resident_tokens)}) | {cells} |")
-                for policy, points in by_policy(table).items():
-                    at = {row.budget: row for row in points}
-                    print(f"| `{policy}` | " + " | ".join(cell(at.get(budget), column) for budget in budgets) + " |")
-                print()
-
-
-METRICS = {"answer": "answer_right", "chain": "chain_right", "lines": "lines_right", "tokens": "tokens_generated"}
-TABLE_NAMES = {"answer_right": "right final answers", "chain_right": "whole chains right",
-               "lines_right": "lines before the first error", "tokens_generated": "tokens generated"}
+PICTURES = {"accuracy": accuracy, "sets": sets, "accuracy_bytes": accuracy_bytes, "variants": variants,
+            "page_size": page_size, "seeds": seeds, "length": length, "ablation": ablation, "ideas": ideas,
+            "long": long}
 
 
 def draw_pictures(options):

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import PowerNorm
 
-from plot_style import GREEN, RED, InputError, finish, shown
+from plot_style import GREEN, RED, InputError, finish, save, shown
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
 import plot_waterfall  # noqa: E402  (found through the line above)
@@ -221,6 +221,5 @@ def waterfall(options):
                                      columns=min(options.columns, len(names) + 1))
     except BAD_SAFETENSORS as error:
         raise InputError(f"{options.run}/resident is not of this problem, or has no head {options.head}") from error
-    options.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output / "waterfall.png", dpi=150)
+    save(figure, options.output / "waterfall.png")
     print(f"drawn: {options.output / 'waterfall.png'}")

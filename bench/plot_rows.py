@@ -13,7 +13,7 @@ NUMBER_COLUMNS = (
     "mean_resident_bytes", "allocated_bytes", "stamped_share")
 MAY_BE_EMPTY = ("page_size", "budget", "stamped_share")  # in a row that was not refused
 SETS = ("fall", "mile", "lru", "age", "uniform", "fall:gmax=4", "fall:gmax=12")  # in the order of the pictures
-MODELS = ("main", "plain", "varied", "long")
+MODELS = ("main", "main_seed2", "main_seed3", "plain", "varied", "long")
 ERRORS = {"answer_right": "answer_stderr", "chain_right": "chain_stderr", "lines_right": "lines_stderr",
           "tokens_generated": "tokens_stderr"}
 PERCENT = ("answer_right", "chain_right", "stamped_share")
@@ -119,3 +119,14 @@ def present(rows, column, order):
 
 def dense_of(rows):
     return next((row for row in rows if row.policy == "dense"), None)
+
+
+def shares(rows, column):
+    """Values and standard errors, shares in percent."""
+    scale = 100 if column in PERCENT else 1
+    return [scale * row.values[column] for row in rows], [scale * row.error(column) for row in rows]
+
+
+def model_name(model):
+    name, _, seed = model.partition("_seed")
+    return "model of varied lines" if model == "varied" else f"{name} model" + (f", seed {seed}" if seed else "")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looks that all pictures of plot.py share: colours, legends, axes, titles."""
+import io
 import math
 import textwrap
 
@@ -9,13 +10,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
+from PIL import Image  # noqa: E402  (matplotlib itself needs it)
 
 # Okabe and Ito's palette. Filled marks and solid lines for what a reader compares first, open marks for its variants.
 RED, ORANGE, YELLOW, GREEN, BLUE, SKY, PINK, GREY = (
     "#D55E00", "#E69F00", "#B8A800", "#009E73", "#0072B2", "#56B4E9", "#CC79A7", "#777777")
 STYLES = {  # policy: label, colour, marker, filled, width
     "raas": ("RaaS, exact page mass > .01", RED, "o", True, 2.8),
-    "raas+quest": ("RaaS, reads by Quest", RED, "D", False, 1.2),
+    "kindred": ("Kindred", YELLOW, "D", True, 1.8),
+    "raas+quest:read_share=0.5": ("RaaS, reads half by Quest", RED, "D", False, 1.2),
     "raas:evidence=quest_bound:alpha=0.01": ("RaaS, Quest bound > .01", ORANGE, "^", True, 1.6),
     "raas:preset=paper_v1": ("RaaS paper v1: bound > .0001", ORANGE, "^", False, 1.2),
     "raas:preset=paper_v2": ("RaaS paper v2: top half by bound", PINK, "v", True, 1.6),
@@ -30,7 +33,8 @@ STYLES = {  # policy: label, colour, marker, filled, width
     "quest": ("Quest", SKY, "o", True, 1.8),
     "oracle": ("exact top tokens", "#333333", "*", True, 1.4),
 }
-SPARE_LOOKS = ((YELLOW, "h"), (PINK, "p"), (SKY, ">"), (GREEN, "<"), (BLUE, "d"), (ORANGE, "8"))  # of further policies
+BROWN = "#8C510A"
+SPARE_LOOKS = ((BROWN, "h"), (PINK, "p"), (SKY, ">"), (GREEN, "<"), (BLUE, "d"), (ORANGE, "8"))  # of further policies
 
 
 class InputError(Exception):
@@ -67,11 +71,16 @@ def wrapped(text, width):
     return "\n".join(textwrap.fill(line, round(width)) for line in text.split("\n"))
 
 
-def finish(figure, title, path, legend_rows=0, note=None):
-    """Title above, room for the legend and a note below, and the file."""
+def finish(figure, title, path, legend_rows=0, note=None, grows=False):
+    """Title above, room for the legend and a note below, and the file. A figure that grows keeps its height for the
+    axes; else they give up the room."""
     width, height = figure.get_size_inches()
     title = wrapped(title, width * 8.2)
     note = note and wrapped(note, width * 14.5)
+    if grows:
+        height += 0.57 + 0.25 * title.count("\n") + 0.235 * legend_rows
+        height += 0.12 + 0.18 * (note.count("\n") + 1) if note else 0.0
+        figure.set_figheight(height)
     heading = figure.suptitle(title, x=0.012, y=1 - 0.12 / height, ha="left", va="top", fontsize=14.5,
                               fontweight="bold")
     heading.set_in_layout(False)
@@ -80,6 +89,14 @@ def finish(figure, title, path, legend_rows=0, note=None):
         figure.text(0.012, bottom + 0.06 / height, note, fontsize=9.5, color="#555555", va="bottom")
         bottom += (0.12 + 0.18 * (note.count("\n") + 1)) / height
     figure.tight_layout(rect=(0, bottom, 1, 1 - (0.45 + 0.25 * title.count("\n")) / height), w_pad=1.6, h_pad=1.4)
+    save(figure, path)
+
+
+def save(figure, path):
+    """With few colours, because the pictures of README are in the repository: a third of the bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=140)
     plt.close(figure)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
