@@ -459,10 +459,15 @@ def write_card(directory, trainer, stages, lines, sets):
     for stage in stages:
         phases = ", ".join(f"{p.steps} x {p.batch} ({'/'.join(map(str, p.lines))})" for p in stage.phases)
         text.append(f"| {stage.name} | {stage.what} | {phases} | {stage.learning_rate:g} |")
+    text += ["", "**What the start knows.** Three heads of the first layer begin as \"look 1, 2 and 3 words back\", and "
+             "are held until short chains are right; without, the read of a definition did not form."]
     if any(stage.eviction or stage.parking_penalty for stage in stages) or trainer.recipe.starts_from:
         text += ["", "**What the extra losses know.** Hiding and penalising tokens that a line does not need uses the generator's "
                  "knowledge of what is irrelevant. No language model is trained like that: it makes attention sharper, and "
                  "eviction easier, than it would be; the plain model shows how much."]
+    else:
+        text += ["", "**No extra losses.** Only the next token counts, at weight 1 where it cannot be guessed from its line "
+                 "and 0.1 elsewhere."]
     text += ["", "Training saw `uniform`, `mile`, `lru` and `age`, never `fall`. How it went:", ""]
     text += [f"- {line}" for line in trainer.log]
     text += ["", f"Chains of {lines} lines right in every token (32 fresh ones each): "
