@@ -26,7 +26,7 @@ cmake --preset release -B build/examples -DCMAKE_CXX_COMPILER="$compiler" \
 cmake --build build/examples --target decode
 
 /usr/bin/python3 examples/compare_policies.py build/examples/examples/decode examples/model examples/output
-/usr/bin/python3 examples/plot_waterfall.py examples/output --layer 1 --head 1 --problems examples/model/problems.jsonl
+/usr/bin/python3 examples/plot_waterfall.py examples/output --layer 1 --head 0 --problems examples/model/problems.jsonl
 
 say "Where to go on"
 cat <<TEXT
