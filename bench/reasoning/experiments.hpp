@@ -34,15 +34,15 @@ using Texts = std::vector<std::string>;
 
 /// The ones that every picture shows.
 inline const Texts main_policies{
-    "dense", "streaming_llm", "streaming_llm:pin_prompt=true",       "h2o", "h2o:pin_prompt=true", "random",
-    "quest", "raas",          "raas:evidence=quest_bound:alpha=0.01"};
+    "dense", "streaming_llm", "streaming_llm:pin_prompt=true",       "h2o", "h2o:pin_prompt=true", "random", "quest",
+    "raas",  "kindred",       "raas:evidence=quest_bound:alpha=0.01"};
 
-/// The main ones, RaaS by the letter of its two papers, Random without the pin, the ceiling, and a composition that
-/// reads half of what it keeps.
+/// The main ones, RaaS by the letter of its two papers, Random without the pin, the ceiling, and a composition
+/// that reads half of what it keeps.
 inline Texts all_policies() {
   Texts texts = main_policies;
   texts.insert(texts.end(), {"raas:preset=paper_v1", "raas:preset=paper_v2", "raas:used=rank", "raas:pin_prompt=false",
-                             "random:pin_prompt=false", "oracle", "raas+quest"});
+                             "random:pin_prompt=false", "oracle", "raas+quest:read_share=0.5"});
   return texts;
 }
 
@@ -86,7 +86,8 @@ inline Experiment long_chains() {
   const Texts policies{"dense", "streaming_llm:pin_prompt=true", "h2o:pin_prompt=true", "random", "quest", "raas"};
   return {"long",
           32,
-          {{{"long"}, LineFormat::long_labels, {"fall", "uniform"}, policies, {4}, {104, 212, 424, 848}, lines}},
+          {{{"long"}, LineFormat::long_labels, {"fall", "uniform"}, policies, {4}, {104, 212, 424, 848}, lines},
+           {{"long"}, LineFormat::long_labels, {"mile", "lru", "age"}, {"dense"}, {4}, {0}, lines}},
           false};
 }
 

@@ -111,7 +111,7 @@ inline ReasoningOptions parse_reasoning_options(CLI::App& app, int argc, char** 
                   ->allow_extra_args(false);
   auto* policy = app.add_option("--policy", policies,
                                 "name or name:key=value:key=value, several by commas: raas,h2o:pin_prompt=true,"
-                                "quest:read_budget=64");
+                                "quest:read_budget=64,raas+quest:read_share=0.5");
   auto* budget =
       app.add_option("--budget", budgets, "tokens a kv head may keep (what only selects: may read), several by commas");
   auto* page_size = app.add_option("--page-size", page_sizes, "tokens per page, several by commas [4]");

@@ -2,6 +2,7 @@
 // How right a model's reasoning stays when its caches are sparse: LemmaChain problems decoded from end to end through
 // the real container and kernel, for every model, problem set, policy, page size and budget that is asked for.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstddef>
 #include <iostream>
 #include <map>
@@ -136,6 +137,10 @@ class Evaluation {
     choice.dtype = options_.dtype;
     choice.budget_tokens = cell.budget;
     choice.page_size = cell.page_size;
+    if (choice.settings.read_budget_tokens == 0 && cell.variant.read_share < 1.0) {
+      const auto tokens = static_cast<std::size_t>(static_cast<double>(cell.budget) * cell.variant.read_share);
+      choice.settings.read_budget_tokens = std::max(tokens, cell.page_size);
+    }
     choice.dense_layers = options_.dense_layers;
     return choice;
   }

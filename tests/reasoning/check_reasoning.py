@@ -56,7 +56,7 @@ def rows_of(text):
 def check_threads(reasoning, model, directory):
     """Returns the JSON of one of the runs."""
     sweep = ["--model", model, "--set", "fall,fall:gmax=4,life=12", "--budget", "96,160", "--page-size", 4,
-             "--policy", "dense,raas,streaming_llm,random,quest:read_budget=64,decayed_mass", "--problems", 2]
+             "--policy", "dense,raas,streaming_llm,random,quest:read_budget=64,quest:read_share=0.4,decayed_mass", "--problems", 2]
     texts = []
     for name, threads in (("one", 1), ("two", 2), ("again", 2)):
         files = ["--csv", directory / f"{name}.csv", "--json", directory / f"{name}.json"]
@@ -66,7 +66,7 @@ def check_threads(reasoning, model, directory):
     text = texts[0][0].decode()
     check(text.splitlines()[0].split(",") == COLUMNS, "the CSV has other columns")
     rows, result = rows_of(text), json.loads(texts[0][1])
-    check(len(rows) == 2 * (1 + 5 * 2) == len(result["cells"]), f"{len(rows)} rows")
+    check(len(rows) == 2 * (1 + 6 * 2) == len(result["cells"]), f"{len(rows)} rows")
     check(result["complete"] is True, "the JSON is not complete")
     for row, cell in zip(rows, result["cells"]):
         what = f"{row['set']} {row['policy']} {row['budget']}"
@@ -90,6 +90,10 @@ def check_threads(reasoning, model, directory):
         keeps_all = row["policy"].startswith(("dense", "quest"))
         check(int(row["peak_resident_tokens"]) == (688 if keeps_all else int(row["budget"])), f"{what}: peak tokens")
         check((row["stamped_share"] != "") == (row["policy"] == "raas"), f"{what}: stamped_share")
+    read = {(cell["set"], cell["policy"], cell["budget"]): cell["lines_right_each"] for cell in result["cells"]}
+    for name in ("fall", "fall:gmax=4,life=12"):
+        share, tokens = ((name, f"quest:read_{what}", 160) for what in ("share=0.4", "budget=64"))
+        check(read[share] == read[tokens], f"{name}: 0.4 of 160 is not 64 tokens to read")
     print("threads: checked")
 
 
@@ -216,6 +220,9 @@ def check_refusals(reasoning, model, directory):
     refused("bad value", {"--policy": "raas:alpha=2"}, ["alpha = 2.000000", "[0, 1]"])
     refused("read budget of an evictor", {"--policy": "raas:read_budget=8"}, ["has no option read_budget"])
     refused("bad read budget", {"--policy": "quest:read_budget=0"}, ["read_budget got '0'"])
+    for share in ("0", "1.5", "half"):
+        refused("bad read share", {"--policy": f"quest:read_share={share}"}, [f"read_share got '{share}'"])
+    refused("read share of an evictor", {"--policy": "raas:read_share=0.5"}, ["has no option read_share"])
     refused("policy twice", {"--policy": "raas,raas"}, ["'raas'", "twice"])
     refused("idea in f16", {"--policy": "decayed_mass", "--dtype": "f16"}, ["decayed_mass", "f16"])
     refused("no budget", {"--budget": None}, ["--budget"])
