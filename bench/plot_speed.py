@@ -229,7 +229,7 @@ def micro_table(report):
     def policy_table(kind, of_what):
         shapes = {}
         for run in of_kind(kind):
-            _, policy, dtype, n, *rest = run["run_name"].split("/")
+            _, policy, dtype, n, *rest = run["run_name"].removesuffix("/real_time").split("/")
             shape = shapes.setdefault((dtype, *rest), {})
             shape.setdefault(policy, {})[int(n.partition(":")[2])] = run
         for (dtype, *rest), policies in shapes.items():
@@ -240,7 +240,7 @@ def micro_table(report):
 
     introduce("Policies", report["context"], report["context"].get("command", report["context"]["executable"]))
     policy_table("decode_step", "step (of the roofline of what it reads)")
-    policy_table("select", "selection alone (of the bandwidth of the summaries)")
+    policy_table("select", "selection alone (of the roofline of the summaries)")
     prefills = of_kind("prefill")
     if prefills:
         table(["prefill", "time", "GFLOP/s", "of FMA peak"],

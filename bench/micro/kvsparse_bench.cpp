@@ -25,7 +25,8 @@ using kvsparse::Half;
 using kvsparse::Int8;
 
 CacheSizes caches;
-MachineLimits limits;  // of one thread, measured once at the start of this process
+constexpr std::size_t team_size = 2;
+MachineLimits limits, team_limits;  // of one thread and of a team, measured once at the start of this process
 
 /// What one benchmark decodes: N tokens seen, L tokens of budget.
 struct Case {
@@ -75,11 +76,12 @@ void time_steps(benchmark::State& state, const Case& of, Body&& body) {
 /// Counter roofline: the share of max(bytes / bandwidth, flops / FMA peak) that the step reaches, the bandwidth being
 /// that of the cache level in which the keys and values it reads fit.
 template <class Policy, class Scalar>
-void decode_step_on(benchmark::State& state, const Case& of, kvsparse::Executor auto&& executor) {
+void decode_step_on(benchmark::State& state, const Case& of, kvsparse::Executor auto&& executor,
+                    const MachineLimits& machine) {
   time_steps<Policy, Scalar>(state, of, [&](auto& layer) { layer.step(executor); });
   using benchmark::Counter;
   const double bytes = state.counters["kv_bytes_read"];
-  const Roofline bound = roofline(limits, caches, bytes, state.counters["flops"]);
+  const Roofline bound = roofline(machine, caches, bytes, state.counters["flops"]);
   state.counters["kv_bytes_per_second"] = Counter(bytes, Counter::kIsIterationInvariantRate);
   state.counters["roofline"] = Counter(bound.seconds, Counter::kIsIterationInvariantRate);
   state.SetLabel(bound.is_memory_bound ? std::string("memory, ") + name_of(bound.level) : "arithmetic");
@@ -87,14 +89,13 @@ void decode_step_on(benchmark::State& state, const Case& of, kvsparse::Executor 
 
 template <class Policy, class Scalar>
 void decode_step(benchmark::State& state, const Case& of) {
-  decode_step_on<Policy, Scalar>(state, of, kvsparse::SerialExecutor{});
+  decode_step_on<Policy, Scalar>(state, of, kvsparse::SerialExecutor{}, limits);
 }
 
-/// Counter roofline refers to what one thread can do.
 template <class Policy, class Scalar>
 void decode_step_on_team(benchmark::State& state, const Case& of, std::size_t threads) {
   kvsparse::ThreadTeam team(threads);
-  decode_step_on<Policy, Scalar>(state, of, team);
+  decode_step_on<Policy, Scalar>(state, of, team, threads == 1 ? limits : team_limits);
 }
 
 template <class Policy, class Scalar>
@@ -102,8 +103,9 @@ void append(benchmark::State& state, const Case& of) {
   time_steps<Policy, Scalar>(state, of, [](auto& layer) { layer.append(); });
 }
 
-/// Choosing the pages of all kv heads, without reading them. Counter roofline: the share of the time that reading the
-/// summaries of all pages takes at the bandwidth of the cache level in which they fit.
+/// Choosing the pages of all kv heads, without reading them. Counter roofline: the share of what reading the summaries
+/// of all pages takes, and multiplying each of their elements with each query head's; the counter bandwidth_share: of
+/// the reading alone.
 template <class Policy, class Scalar>
 void select(benchmark::State& state, const Case& of) {
   Layer<Policy, Scalar> layer(of.shape, of.tokens, of.budget);
@@ -121,10 +123,14 @@ void select(benchmark::State& state, const Case& of) {
   const auto bytes =
       static_cast<double>(pages * kvsparse::PageSummaries<kvsparse::SummaryScalar<Scalar>>::bytes_per_page(
                                       of.shape, kvsparse::traits::page_summary(Policy{})));
-  const Roofline bound = roofline(limits, caches, bytes, 0.0);
+  const double elements = bytes / sizeof(kvsparse::SummaryScalar<Scalar>);
+  const Roofline bound = roofline(limits, caches, bytes, 2.0 * elements * static_cast<double>(of.shape.group()));
+  const double reading = bytes / limits.bandwidth[static_cast<std::size_t>(bound.level)];
+  using benchmark::Counter;
   state.counters["summary_bytes"] = bytes;
-  state.counters["roofline"] = benchmark::Counter(bound.seconds, benchmark::Counter::kIsIterationInvariantRate);
-  state.SetLabel(std::string("memory, ") + name_of(bound.level));
+  state.counters["roofline"] = Counter(bound.seconds, Counter::kIsIterationInvariantRate);
+  state.counters["bandwidth_share"] = Counter(reading, Counter::kIsIterationInvariantRate);
+  state.SetLabel(bound.is_memory_bound ? std::string("memory, ") + name_of(bound.level) : "arithmetic");
 }
 
 /// Causal attention of the newest `chunk` tokens' queries to all N tokens. Counter roofline: the share of the FMA peak.
@@ -212,7 +218,7 @@ template <class Policy>
 void register_threads() {
   for (const std::size_t tokens : {1024U, 4096U, 16384U, 65536U}) {
     const Case of{layer_shape, tokens};
-    for (const std::size_t threads : {1U, 2U}) {
+    for (const std::size_t threads : {std::size_t{1}, team_size}) {
       const std::string name = "decode_step/" + std::string(Policy::name) + "/f16" + of.name() + "/threads:";
       benchmark::RegisterBenchmark((name + std::to_string(threads)).c_str(), decode_step_on_team<Policy, Half>, of,
                                    threads)
@@ -269,6 +275,7 @@ int main(int argc, char** argv) {
   benchmark::RegisterBenchmark("bandwidth/L3", bandwidth<MemoryLevel::l3>)->Unit(benchmark::kMillisecond);
   benchmark::RegisterBenchmark("bandwidth/DRAM", bandwidth<MemoryLevel::dram>)->Unit(benchmark::kMillisecond);
   limits = measure_limits(caches, 1);
+  team_limits = measure_limits(caches, team_size);
   benchmark::AddCustomContext("command", command);
   benchmark::AddCustomContext("processor", processor_name());
   benchmark::AddCustomContext("compiler", build_info::compiler);

@@ -29,18 +29,23 @@ struct SignedQueries {
 };
 
 /// Bounds of a tile of pages x Queries query heads, each pair a register until one tree adds up their lanes; query q
-/// and page t come out in lane q * tile + t. rows: a page's minimum, behind it its maximum, [row] each.
+/// and page t come out in lane q * tile + t. rows: a page's minimum, behind it its maximum, [row] each. Those of
+/// next_rows are prefetched in step.
 template <std::size_t Queries, class Scalar>
-KVSPARSE_INLINE simd::Floats tile_bounds(const Scalar* const* rows, std::size_t row, const SignedQueries& queries) {
+KVSPARSE_INLINE simd::Floats tile_bounds(const Scalar* const* rows, const Scalar* const* next_rows, std::size_t row,
+                                         const SignedQueries& queries) {
   constexpr std::size_t tile = simd::lanes / Queries;
   simd::Floats sums[simd::lanes] = {};
   const auto add_products = [&](const float* query_parts, std::size_t i, std::size_t offset, auto load_row) {
     simd::Floats query[Queries];
     KVSPARSE_UNROLL
-    for (std::size_t q = 0; q < Queries; ++q) query[q] = simd::load(query_parts + q * queries.stride + i);
+    for (std::size_t q = 0; q < Queries; ++q) {
+      query[q] = simd::in_register(simd::load(query_parts + q * queries.stride + i));
+    }
     KVSPARSE_UNROLL
     for (std::size_t t = 0; t < tile; ++t) {
-      const simd::Floats element = load_row(rows[t] + offset + i);
+      simd::prefetch(next_rows[t] + offset + i);
+      const simd::Floats element = simd::in_register(load_row(rows[t] + offset + i));
       KVSPARSE_UNROLL
       for (std::size_t q = 0; q < Queries; ++q) {
         simd::Floats& sum = sums[simd::slot_of_lane(q * tile + t)];
@@ -53,6 +58,7 @@ KVSPARSE_INLINE simd::Floats tile_bounds(const Scalar* const* rows, std::size_t 
     add_products(queries.positive, i, row, load_row);
   };
   std::size_t i = 0;
+  KVSPARSE_NO_UNROLL
   for (; i + simd::lanes <= row; i += simd::lanes) {
     add_column(i, [](const Scalar* p) { return simd::load(p); });
   }
@@ -60,12 +66,6 @@ KVSPARSE_INLINE simd::Floats tile_bounds(const Scalar* const* rows, std::size_t 
     if (i < row) add_column(i, [](const Scalar* p) { return simd::load_half_row(p); });
   }
   return simd::sum_each(sums);
-}
-
-template <class Scalar>
-KVSPARSE_INLINE void prefetch_bytes_of(const Scalar* rows, std::size_t elements) {
-  constexpr std::size_t line = 64;
-  for (std::size_t i = 0; i < elements; i += line / sizeof(Scalar)) simd::prefetch(rows + i);
 }
 
 }  // namespace detail
@@ -108,11 +108,8 @@ void page_upper_bounds(const PageSummaries<Scalar>& summaries, std::span<const R
       constexpr std::size_t tile = simd::lanes / Queries;
       const detail::SignedQueries of_block{positive + block * stride, negative + block * stride, stride};
       for (std::size_t t = 0; t < count; t += tile) {
-        if (block == 0) {
-          for (std::size_t next = t; next < t + tile; ++next) detail::prefetch_bytes_of(next_rows[next], 2 * row);
-        }
         float of_tile[simd::lanes];
-        simd::store(of_tile, detail::tile_bounds<Queries>(rows + t, row, of_block));
+        simd::store(of_tile, detail::tile_bounds<Queries>(rows + t, next_rows + t, row, of_block));
         for (std::size_t page = t; page < std::min(t + tile, count); ++page) {
           if (pooling == BoundPooling::none) {
             float* of_page = bounds.data() + (first + page) * queries.size + block;
