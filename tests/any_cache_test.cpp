@@ -143,5 +143,17 @@ TEST(AnyCacheOf, TellsTheBytesThatConstructionAllocated) {
             (AnyCache::of<kvsparse::Raas, float>(ScalarType::f32, config).bytes_allocated()));
 }
 
+TEST(AnyCacheOf, TakesLogitOptionsAsThePolicysOwnCacheDoes) {
+  CacheConfig config = small_config();
+  config.logits = {.soft_cap = 2.0F, .window = 30, .alibi_slopes = {.1F, .2F, .3F, .4F}, .sink_logits = {0, 1, 2, 3}};
+  const Rows rows(100, config, 4);
+  AnyCache any = AnyCache::of<LowestMass, float>(ScalarType::f32, config);
+  PagedKvCache<LowestMass> own(config);
+  const std::vector<float> out = run(any, rows);
+  EXPECT_EQ(out, run(own, rows));
+  AnyCache plain = AnyCache::of<LowestMass, float>(ScalarType::f32, small_config());
+  EXPECT_NE(out, run(plain, rows));
+}
+
 }  // namespace
 }  // namespace kvsparse_test

@@ -14,6 +14,7 @@
 #include "../core/softmax_state.hpp"
 #include "../core/stored_row.hpp"
 #include "../core/views.hpp"
+#include "logit_map.hpp"
 
 namespace kvsparse {
 
@@ -353,10 +354,11 @@ KVSPARSE_INLINE void chunk_values(const PagedKv<Key, Value>& kv, const Chunk& ch
   }
 }
 
-/// A chunk for a block of query heads; tap: of the chunk's first page and the block's first head.
+/// A chunk for a block of query heads; map: null if logits are the scaled dot products; tap: of the chunk's first page
+/// and the block's first head.
 template <std::size_t Queries, class Key, class Value>
 void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, const float* queries, std::size_t query_stride,
-                  SoftmaxState* states, PageTap tap) {
+                  const LogitMap* map, SoftmaxState* states, PageTap tap) {
   using Tile = TileLanes<Queries>;
   ChunkWeights weights;
   float* logits = weights.values;
@@ -364,6 +366,7 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, const float
     const PageRead& read = chunk.reads[r];
     KVSPARSE_ASSERT(read.tokens >= 1 && read.tokens <= max_page_size);
     page_logits<Queries>(kv, read, queries, query_stride, logits);
+    if (map != nullptr) map_logits<Queries, Tile>(*map, read, logits);
     if (read.token_mask != nullptr || read.log_weight != 0.0F) apply_read_options<Queries>(read, logits);
     if (tap.token_logits != nullptr) {
       for (std::size_t q = 0; q < Queries; ++q) {
@@ -382,19 +385,22 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, const float
 
 /// Attends to `reads`, in order, and folds them into `states` [group]; empty states are started, others continued.
 /// queries: [group, query_stride], already multiplied by the softmax scale and zero from head_dim up to
-/// round_up(head_dim, query_padding); every accumulator has that many floats. O(tokens read * head_dim * group); does
-/// not allocate. Source: online softmax of Milakov and Gimelshein (1805.02867), page by page as in FlashInfer
-/// (2501.01005).
+/// round_up(head_dim, query_padding); every accumulator has that many floats. map: what becomes of the scaled dot
+/// products. O(tokens read * head_dim * group); does not allocate. Source: online softmax of Milakov and Gimelshein
+/// (1805.02867), page by page as in FlashInfer (2501.01005).
 template <class Key, class Value>
 void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads, const float* queries,
-                  std::size_t query_stride, std::span<SoftmaxState> states, PageTap tap = {}) noexcept {
+                  std::size_t query_stride, std::span<SoftmaxState> states, PageTap tap = {},
+                  const LogitMap& map = {}) noexcept {
   const std::size_t group = states.size();
+  const bool maps = !map.is_identity();
   while (!reads.empty()) {
     const detail::Chunk chunk = detail::first_chunk(reads);
     std::size_t q = 0;
     const auto block = [&]<std::size_t Queries>() {
-      detail::attend_chunk<Queries>(kv, chunk, queries + q * query_stride, query_stride, states.data() + q,
-                                    tap.from(0, q));
+      const LogitMap of_block = map.from(q);
+      detail::attend_chunk<Queries>(kv, chunk, queries + q * query_stride, query_stride, maps ? &of_block : nullptr,
+                                    states.data() + q, tap.from(0, q));
       q += Queries;
     };
     while (group - q >= 4) block.template operator()<4>();

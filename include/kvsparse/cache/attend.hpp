@@ -39,6 +39,7 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
   const std::size_t row = round_up(block.queries.head_dim, query_padding);
   float* padded = scratch.queries.data() + block.first_query * row;
   PageTap tap = cache.tap(block.kv_head, first_read + begin);
+  const LogitMap map = cache.logit_map(block.kv_head, block.first_query, group);
   std::int64_t rotation = 0;
   for (std::size_t first = begin; first < end;) {
     std::size_t last = first + 1;
@@ -47,7 +48,7 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
       rotation = reads[first].rotate_back;
       pad_queries(block.queries, rotation, cache.config().rope_theta, padded, row);
     }
-    attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap);
+    attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap, map);
     tap = tap.from(last - first, 0);
     first = last;
   }
@@ -149,6 +150,7 @@ class AttendStep {
         reads = cache_.select_more(kv_head, block.queries, states);
       }
       cache_.add_residual(kv_head, block.queries, states);
+      cache_.add_sinks(kv_head, first, states);
       cache_.record(kv_head, first, states);
     }
     for (std::size_t q = 0; q < group.size; ++q) {

@@ -63,6 +63,11 @@ class AttendTiles {
     return cache_.select(kv_head, group_of(kv_head, token));
   }
 
+  /// How many of the pages that the tile's first token reads have left a later token's window.
+  static std::size_t pages_left(PageIndex first_page, std::span<const PageRead> reads) {
+    return reads.empty() ? 0 : reads[0].index.value - first_page.value;
+  }
+
   KVSPARSE_NOINLINE void attend_tile(std::size_t kv_head, std::size_t first, std::size_t tokens) const {
     const std::size_t group = cache_.geometry().group();
     alignas(64) float queries[tile_floats];
@@ -80,17 +85,25 @@ class AttendTiles {
     // All pages before the first token's last one are whole for every token; what follows is cut at each one's own.
     const auto whole = select(kv_head, first);
     const std::size_t shared = whole.size() - std::min<std::size_t>(whole.size(), 1);
-    attend_pages(cache_.pages(), whole.first(shared), queries, row(), {states, count}, tap);
+    const PageIndex first_page = whole.empty() ? PageIndex{} : whole[0].index;
+    attend_pages(cache_.pages(), whole.first(shared), queries, row(), {states, count}, tap,
+                 cache_.logit_map(kv_head, 0, group));
+    std::size_t reads_of_tile = 0;
     for (std::size_t t = 0; t < tokens; ++t) {
       const std::size_t query = t * group;
-      attend_pages(cache_.pages(), select(kv_head, first + t).subspan(shared), queries + query * row(), row(),
-                   {states + query, group}, tap.from(shared, query));
+      const auto reads = select(kv_head, first + t);
+      const std::size_t left = pages_left(first_page, reads);
+      const std::size_t read = shared - std::min(shared, left);
+      attend_pages(cache_.pages(), reads.subspan(read), queries + query * row(), row(), {states + query, group},
+                   tap.from(left + read, query), cache_.logit_map(kv_head, 0, group));
+      reads_of_tile = left + reads.size();
+      cache_.add_sinks(kv_head, 0, {states + query, group});
     }
-    head.weigh_pages({states, count});
+    head.weigh_pages({states, count}, reads_of_tile);
     for (std::size_t t = 0; t < tokens; ++t) {
       const std::span<const SoftmaxState> of_token(states + t * group, group);
-      static_cast<void>(select(kv_head, first + t));
-      head.record(0, of_token, group, tap.from(0, t * group));
+      const std::size_t left = pages_left(first_page, select(kv_head, first + t));
+      head.record(0, of_token, group, tap.from(left, t * group));
       for (std::size_t q = 0; q < group; ++q) {
         normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), cache_.geometry().head_dim);
       }

@@ -10,8 +10,10 @@
 
 #include "../attention/page_kernel.hpp"
 #include "../core/geometry.hpp"
+#include "../core/logit_options.hpp"
 #include "../core/status.hpp"
 #include "../policy/policy.hpp"
+#include "logit_checks.hpp"
 
 namespace kvsparse {
 
@@ -40,6 +42,8 @@ struct CacheConfig {
   std::size_t layer = 0;              ///< this cache's layer: keeps the random numbers of layers apart
   float softmax_scale = 0.0F;         ///< 0 means 1 / sqrt(head_dim)
   double rope_theta = 0.0;            ///< base of the rotary embedding; only selections that rotate queries need it
+
+  LogitOptions logits = {};  ///< soft cap, sliding window, ALiBi, sink logits
 
   Geometry geometry() const { return {query_heads, kv_heads, head_dim, page_size}; }
 };
@@ -99,6 +103,9 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   if (config.head_dim > most_channels) refuse("head_dim = " + quoted(config.head_dim) + " exceeds 2^20");
   if (!std::isfinite(config.softmax_scale) || !std::isfinite(config.rope_theta)) {
     refuse("softmax_scale and rope_theta must be finite");
+  }
+  if (const std::string problem = logit_problem(config.logits, config.query_heads, policy); !problem.empty()) {
+    refuse(problem);
   }
   if (const std::string problem = traits::options_problem(policy); !problem.empty()) {
     refuse("policy " + name + ": " + problem);

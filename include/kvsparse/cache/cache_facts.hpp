@@ -44,10 +44,18 @@ std::string fact_text(const Value& value, std::string_view names = {}) {
   }
 }
 
+inline std::string fact_text(const std::vector<float>& values) {
+  std::string text;
+  for (const float value : values) text += (text.empty() ? "" : " ") + fact_text(value);
+  return text.empty() ? "none" : text;
+}
+
 /// Every field of a configuration. A field added to CacheConfig does not compile before it is named here.
 inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   const auto& [query_heads, kv_heads, head_dim, page_size, budget_tokens, read_budget_tokens, max_tokens,
-               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope_theta] = config;
+               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope_theta, logits] =
+      config;
+  const auto& [soft_cap, window, alibi_slopes, sink_logits] = logits;
   facts.push_back({"query_heads", fact_text(query_heads)});
   facts.push_back({"kv_heads", fact_text(kv_heads)});
   facts.push_back({"head_dim", fact_text(head_dim)});
@@ -61,6 +69,10 @@ inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   facts.push_back({"layer", fact_text(layer)});
   facts.push_back({"softmax_scale", fact_text(softmax_scale)});
   facts.push_back({"rope_theta", fact_text(rope_theta)});
+  facts.push_back({"soft_cap", fact_text(soft_cap)});
+  facts.push_back({"window", fact_text(window)});
+  facts.push_back({"alibi_slopes", fact_text(alibi_slopes)});
+  facts.push_back({"sink_logits", fact_text(sink_logits)});
 }
 
 /// The policy's options, and what it makes of the layout. Its state is saved as the bytes it is, so the sizes matter.

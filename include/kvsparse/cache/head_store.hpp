@@ -124,8 +124,10 @@ struct HeadStore {
 
   // --- one query ---
 
-  void begin_query(Position end, std::size_t group) {
+  /// first_seen: what comes before lies outside the query's window.
+  void begin_query(Position end, Position first_seen, std::size_t group) {
     query_end = end;
+    query_first_seen = first_seen;
     read_count = read_tokens = 0;
     skipped_tokens = table.resident_tokens();  // less the pages that record() sees, so that nothing walks all pages
     std::fill(was_read_.begin(), was_read_.end(), std::uint8_t{0});
@@ -140,6 +142,14 @@ struct HeadStore {
     return pages;
   }
 
+  /// Whether the running query's window begins after the page.
+  bool is_outside_window(PageIndex page) const { return tokens_outside_window(page) >= table[page].tokens; }
+  /// Of the page, how many lie before the window.
+  std::size_t tokens_outside_window(PageIndex page) const {
+    const std::int64_t tokens = query_first_seen - first_position_at(page);
+    return tokens <= 0 ? 0 : std::min(static_cast<std::size_t>(tokens), std::size_t{table[page].tokens});
+  }
+
   void add_read(const HeadView<Policy>& pages, const SelectedPage& selected) {
     const ResidentPage& page = table[selected.page];
     reads[read_count++] = {page.page,
@@ -148,7 +158,8 @@ struct HeadStore {
                            selected.tokens.empty() ? nullptr : selected.tokens.data(),
                            selected.log_weight,
                            selected.value_log_weight,
-                           selected.rotate_back};
+                           selected.rotate_back,
+                           page.first_position};
   }
 
   PageTap tap(std::size_t queries, std::size_t page_size) {
@@ -156,12 +167,12 @@ struct HeadStore {
     return {page_max.data(), page_sum.data(), token_logits.empty() ? nullptr : token_logits.data(), queries, page_size};
   }
 
-  /// Once all of a query's reads, or of a tile's queries, are in the tap: page_max becomes exp(page_max - max). A
-  /// page's share is that times its sum, divided by the whole sum.
-  void weigh_pages(std::span<const SoftmaxState> states) {
+  /// Once all reads of a query, or of a tile's queries, are in the tap: page_max becomes exp(page_max - max). A page's
+  /// share is that times its sum, divided by the whole sum.
+  void weigh_pages(std::span<const SoftmaxState> states, std::size_t pages) {
     if (mass.empty()) return;
     const std::size_t queries = states.size();
-    const std::size_t count = read_count * queries;
+    const std::size_t count = pages * queries;
     for (std::size_t q = 0; q < queries; ++q) {
       for (std::size_t i = q; i < count; i += queries) page_max[i] -= states[q].max;
     }
@@ -226,6 +237,7 @@ struct HeadStore {
   bool was_read(PageIndex page, Slot slot) const {
     if (page.value >= was_read_.size() || was_read_[page.value] == 0) return false;
     if (first_position_at(page) + slot.value >= query_end) return false;
+    if (first_position_at(page) + slot.value < query_first_seen) return false;
     if (read_masks.empty()) return true;
     const std::size_t words = read_masks.size() / was_read_.size();
     return (read_masks[page.value * words + slot.value / 64] >> (slot.value % 64) & 1) != 0;
@@ -256,6 +268,7 @@ struct HeadStore {
   std::size_t read_tokens = 0;
   std::size_t skipped_tokens = 0;
   Position query_end;
+  Position query_first_seen;
 
  private:
   HeadStore(const HeadSizes& n, std::size_t page_size)
@@ -283,7 +296,8 @@ struct HeadStore {
     const std::size_t words = read_masks.empty() ? 0 : read_masks.size() / was_read_.size();
     for (std::size_t r = 0; r < read_count; ++r) {
       const PageRead& read = reads[r];
-      if (was_read_[read.index.value] == 0) skipped_tokens -= table[read.index].tokens;
+      const std::size_t unseen = tokens_outside_window(read.index);
+      if (was_read_[read.index.value] == 0) skipped_tokens -= table[read.index].tokens - unseen;
       was_read_[read.index.value] = 1;
       std::size_t tokens = 0;
       for (std::size_t w = 0; w < words; ++w) {
@@ -291,7 +305,7 @@ struct HeadStore {
         read_masks[read.index.value * words + w] |= mask;
         tokens += static_cast<std::size_t>(std::popcount(mask));
       }
-      read_tokens += read.token_mask == nullptr ? read.tokens : tokens;
+      read_tokens += read.token_mask == nullptr ? read.tokens - unseen : tokens;
     }
   }
 

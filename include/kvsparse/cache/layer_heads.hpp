@@ -78,7 +78,11 @@ class LayerHeads {
   // --- a query, head by head: what attend() is made of, for an engine with a kernel of its own ---
 
   /// Starts a query of the token before `end`: forgets the previous query's evidence.
-  void begin_query(std::size_t kv_head, Position end) noexcept { heads_[kv_head].begin_query(end, geometry().group()); }
+  void begin_query(std::size_t kv_head, Position end) noexcept {
+    const auto window = static_cast<std::int64_t>(config_.logits.window);
+    const Position first_seen{window == 0 ? 0 : std::max<std::int64_t>(0, end.value - window)};
+    heads_[kv_head].begin_query(end, first_seen, geometry().group());
+  }
 
   /// Whether the running query reads every page: its policy selects none, or is not asked while all are within budget.
   bool reads_all(std::size_t kv_head) const {
@@ -108,7 +112,9 @@ class LayerHeads {
         return {head.reads.data(), head.read_count};
       }
     }
-    for (const PageIndex page : pages.pages()) head.add_read(pages, {page, {}, 0.0F, 0.0F, 0});
+    for (const PageIndex page : pages.pages()) {
+      if (!head.is_outside_window(page)) head.add_read(pages, {page, {}, 0.0F, 0.0F, 0});
+    }
     return {head.reads.data(), head.read_count};
   }
 
@@ -146,6 +152,23 @@ class LayerHeads {
     return heads_[kv_head].tap(queries_per_selection(kv_head), geometry().page_size).from(first_read, 0);
   }
 
+  /// What the kernel does to the logits of the running query, whose block of query heads begins with the group's
+  /// first_query-th.
+  LogitMap logit_map(std::size_t kv_head, std::size_t first_query, std::size_t queries) const noexcept {
+    const LogitOptions& logits = config_.logits;
+    const std::size_t head = kv_head * geometry().group() + first_query;
+    const float* slopes = logits.alibi_slopes.empty() ? nullptr : logits.alibi_slopes.data() + head;
+    return {logits.soft_cap, logits.window, slopes, queries, {heads_[kv_head].query_end.value - 1}, 0};
+  }
+
+  /// Once a query's tokens are read: adds the sink logits of its query heads, if the layer has any.
+  void add_sinks(std::size_t kv_head, std::size_t first_query, std::span<SoftmaxState> states) const noexcept {
+    const std::vector<float>& sinks = config_.logits.sink_logits;
+    if (sinks.empty()) return;
+    const std::size_t head = kv_head * geometry().group() + first_query;
+    for (std::size_t q = 0; q < states.size(); ++q) add_sink(states[q], sinks[head + q], geometry().head_dim);
+  }
+
   /// Lets the policy add what its summaries of evicted tokens stand for.
   void add_residual(std::size_t kv_head, QueryGroup queries, std::span<SoftmaxState> states) noexcept {
     if constexpr (ResidualProvider<Policy>) {
@@ -156,7 +179,7 @@ class LayerHeads {
   /// Turns the tap of the reads selected last into evidence; states: of those queries, the first being query head
   /// `first_query` of the group.
   void record(std::size_t kv_head, std::size_t first_query, std::span<const SoftmaxState> states) noexcept {
-    heads_[kv_head].weigh_pages(states);
+    heads_[kv_head].weigh_pages(states, heads_[kv_head].read_count);
     heads_[kv_head].record(first_query, states, geometry().group(), tap(kv_head));
   }
   /// The same from page masses that another kernel found. masses: [reads selected last, queries], each page's share of

@@ -41,7 +41,8 @@ class LayerPages : public LayerHeads<Policy> {
   /// Bytes that construction allocates. Throws ConfigError like the constructor.
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    return plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy));
+    return plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy)) +
+           config.logits.bytes_required();
   }
 
   // --- growing ---
@@ -229,20 +230,30 @@ class LayerPages : public LayerHeads<Policy> {
     peak_resident_pages_ = std::max(peak_resident_pages_, resident_pages);
   }
 
-  // Each head that is full gives up one page, before the page to be opened exists.
+  // Each head that is full gives up one page, before the page to be opened exists: one that the layer's window has left
+  // behind, or else the policy's choice.
   void make_room(auto& owner) {
     if constexpr (LayerEvictor<Policy>) {
       if (heads_[0].table.size() < page_budget()) return;
       for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
-      const PageIndex victim = policy_.victim(layer_view(&victim_view));
+      const bool left = left_window(heads_[0]);
+      const PageIndex victim = left ? heads_[0].oldest_unpinned() : policy_.victim(layer_view(&victim_view));
       for (std::size_t h = 0; h < heads_.size(); ++h) evict(owner, h, victim);
     } else {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
         if (heads_[h].table.size() < page_budget()) continue;
         heads_[h].unpin_middle(page_budget() - 1, sink_pages_);
-        evict(owner, h, policy_.victim(view(h)));
+        evict(owner, h, left_window(heads_[h]) ? heads_[h].oldest_unpinned() : policy_.victim(view(h)));
       }
     }
+  }
+
+  /// Whether the oldest page that may go lies before the window of the next token's query.
+  bool left_window(const Head& head) const {
+    if (config_.logits.window == 0) return false;
+    const std::int64_t end =
+        head.table[head.oldest_unpinned()].first_position.value + static_cast<std::int64_t>(geometry().page_size);
+    return end + static_cast<std::int64_t>(config_.logits.window) <= next_.value + 1;
   }
 
   void evict(auto& owner, std::size_t kv_head, PageIndex victim) {

@@ -139,8 +139,10 @@ class PagedKvCache : private LayerPages<Policy> {
 
   PagedKv<Key, Value> pages() const { return store_->pool.view(); }
   using Pages::add_residual;
+  using Pages::add_sinks;
   using Pages::begin_query;
   using Pages::end_step;
+  using Pages::logit_map;
   using Pages::observe;
   using Pages::queries_per_selection;
   using Pages::reads_all;

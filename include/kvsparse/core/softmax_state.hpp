@@ -34,6 +34,16 @@ inline void merge(SoftmaxState& state, const SoftmaxState& other, std::size_t he
   state.max = max;
 }
 
+/// Adds exp(logit) to the denominator and no value: a learned sink. -inf changes nothing.
+inline void add_sink(SoftmaxState& state, float logit, std::size_t head_dim) {
+  if (logit == -std::numeric_limits<float>::infinity()) return;
+  const float max = state.max > logit ? state.max : logit;
+  const float keep = state.sum == 0.0F ? 0.0F : std::exp(state.max - max);
+  for (std::size_t i = 0; i < head_dim; ++i) state.accumulator[i] *= keep;
+  state.sum = state.sum * keep + std::exp(logit - max);
+  state.max = max;
+}
+
 /// Writes the weighted mean of the values to out[head_dim]; zeros when no token was read.
 inline void normalise(const SoftmaxState& state, float* out, std::size_t head_dim) {
   const float inverse = state.sum == 0.0F ? 0.0F : 1.0F / state.sum;

@@ -96,6 +96,7 @@ struct PageRead {
   float log_weight = 0.0F;                    ///< added to the logits in the denominator
   float value_log_weight = 0.0F;              ///< added to the logits in the numerator
   std::int64_t rotate_back = 0;               ///< positions by which the query is rotated back for this page
+  Position first_position = {};               ///< of slot 0; only ALiBi and windows look at it
 };
 
 }  // namespace kvsparse

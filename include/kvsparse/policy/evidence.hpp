@@ -57,7 +57,8 @@ class Evidence {
     }
     return false;
   }
-  /// The page's share of the softmax over what the query head read; only for a visited page.
+  /// The page's share of the softmax over what the query head read, and its sink logit if the layer has them; only for
+  /// a visited page.
   float mass(PageIndex page, std::size_t query) const {
     KVSPARSE_ASSERT(visited(page, query));
     return storage_.mass[at(page, query)];
