@@ -549,7 +549,7 @@ TEST(RotateBack, PagesMeetTheQueryRotatedBackByTheirPositions) {
                        .page_size = 4,
                        .read_budget_tokens = 4,
                        .max_tokens = 22};
-    config.rope_theta = 10000.0;
+    config.rope.theta = 10000.0;
     const Rows rows(22, config, group);
     PagedKvCache<Rotated> cache(config);
     append_all(cache, rows, 0, 22);

@@ -254,8 +254,8 @@ TEST(SnapshotRefusals, NameWhatDiffersAndBothValues) {
   EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.layer = 3; }), "layer is 0 in the snapshot and 3 here");
   EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.softmax_scale = 0.1F; }),
             "softmax_scale is 0 in the snapshot and 0.1 here");
-  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.rope_theta = 10000.5; }),
-            "rope_theta is 0 in the snapshot and 10000.5 here");
+  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.rope.theta = 10000.5; }),
+            "rope.theta is 0 in the snapshot and 10000.5 here");
 }
 
 TEST(SnapshotRefusals, NameEveryOption) {

@@ -43,7 +43,7 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
     auto& scratch = cache.attend_scratch(h);
     cache.begin_query(h, cache.next_position());
     lap(times.select);
-    kvsparse::detail::pad_queries(group, 0, 0.0, scratch.queries.data(), row);
+    kvsparse::detail::pad_queries(group, scratch.queries.data(), row);
     scratch.start(0, 0, group.size);
     const std::size_t block = cache.queries_per_selection(h);
     for (std::size_t first = 0; first < group.size; first += block) {

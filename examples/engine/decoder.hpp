@@ -81,7 +81,14 @@ class Decoder {
     cache.budget_tokens = choice.budget_tokens;
     cache.read_budget_tokens = choice.settings.read_budget_tokens;
     cache.max_tokens = max_tokens;
-    if (!config.rope_scaling) cache.rope_theta = config.rope_theta;
+    cache.rope.theta = config.rope_theta;
+    if (const auto& scaling = config.rope_scaling) {
+      cache.rope.scaling = kvsparse::RopeScaling::llama3;
+      cache.rope.factor = scaling->factor;
+      cache.rope.low_freq_factor = scaling->low_freq_factor;
+      cache.rope.high_freq_factor = scaling->high_freq_factor;
+      cache.rope.original_positions = scaling->original_positions;
+    }
     caches_.reserve(config.layers);
     for (std::size_t layer = 0; layer < config.layers; ++layer) {
       cache.layer = layer;

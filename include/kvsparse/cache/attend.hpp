@@ -46,13 +46,14 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
     while (last < end && reads[last].rotate_back == reads[first].rotate_back) ++last;
     if (reads[first].rotate_back != rotation) {
       rotation = reads[first].rotate_back;
-      pad_queries(block.queries, rotation, cache.config().rope_theta, padded, row);
+      pad_queries(block.queries, padded, row);
+      cache.rope().turn(padded, group, row, -rotation);
     }
     attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap, map);
     tap = tap.from(last - first, 0);
     first = last;
   }
-  if (rotation != 0) pad_queries(block.queries, 0, cache.config().rope_theta, padded, row);
+  if (rotation != 0) pad_queries(block.queries, padded, row);
 }
 
 /// One query of each query head over the tokens before `end`. Each kv head goes through begin, read its ranges and
@@ -120,7 +121,7 @@ class AttendStep {
     AttendScratch& scratch = cache_.attend_scratch(kv_head);
     const QueryGroup group = whole_group(kv_head).queries;
     cache_.begin_query(kv_head, end_);
-    pad_queries(group, 0, 0.0, scratch.queries.data(), round_up(group.head_dim, query_padding));
+    pad_queries(group, scratch.queries.data(), round_up(group.head_dim, query_padding));
     scratch.start(0, 0, group.size);
     // Where each query head selects for itself, the next selection overwrites the one before: all of it is finish's.
     const bool together = cache_.queries_per_selection(kv_head) == group.size;

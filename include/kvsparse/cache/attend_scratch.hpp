@@ -4,9 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
-#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -21,28 +19,12 @@ namespace kvsparse::detail {
 /// that the order of every sum follows from the pages read alone, whoever reads them.
 inline constexpr std::size_t range_tokens = 1024;
 
-/// Rotates a query back by `positions`: rotary embedding with halves split (dimension i pairs with i + head_dim / 2).
-inline void rotate_back(float* query, std::size_t head_dim, std::int64_t positions, double theta) {
-  const std::size_t half = head_dim / 2;
-  for (std::size_t i = 0; i < half; ++i) {
-    const double angle = -static_cast<double>(positions) *
-                         std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
-    const auto cosine = static_cast<float>(std::cos(angle));
-    const auto sine = static_cast<float>(std::sin(angle));
-    const float a = query[i];
-    const float b = query[i + half];
-    query[i] = a * cosine - b * sine;
-    query[i + half] = b * cosine + a * sine;
-  }
-}
-
 /// Writes the queries scaled and padded: [group.size, row].
-inline void pad_queries(QueryGroup group, std::int64_t rotated_back, double theta, float* padded, std::size_t row) {
+inline void pad_queries(QueryGroup group, float* padded, std::size_t row) {
   for (std::size_t q = 0; q < group.size; ++q) {
     float* query = padded + q * row;
     for (std::size_t i = 0; i < group.head_dim; ++i) query[i] = group[q][i] * group.scale;
     for (std::size_t i = group.head_dim; i < row; ++i) query[i] = 0.0F;
-    if (rotated_back != 0 && theta > 0.0) rotate_back(query, group.head_dim, rotated_back, theta);
   }
 }
 

@@ -32,6 +32,8 @@ class AttendTiles {
     for (std::size_t h = 0; h < cache_.geometry().kv_heads; ++h) {
       cache_.begin_query(h, cache_.next_position());
       if (!cache_.reads_all(h)) return false;
+      const bool has_gap = cache_.resident_tokens(h) < first_ + q_.tokens;
+      if (has_gap && traits::in_cache_positions(cache_.policy())) return false;  // queries turn back, each its own way
     }
     return std::min(tokens_per_tile(), q_.tokens) > 1;
   }
@@ -77,7 +79,7 @@ class AttendTiles {
     std::fill_n(accumulators, count * row(), 0.0F);
     for (std::size_t i = 0; i < count; ++i) states[i].accumulator = accumulators + i * row();
     for (std::size_t t = 0; t < tokens; ++t) {
-      pad_queries(group_of(kv_head, first + t), 0, 0.0, queries + t * group * row(), row());
+      pad_queries(group_of(kv_head, first + t), queries + t * group * row(), row());
     }
 
     auto& head = cache_.head(kv_head);

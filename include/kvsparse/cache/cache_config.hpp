@@ -11,6 +11,7 @@
 #include "../attention/page_kernel.hpp"
 #include "../core/geometry.hpp"
 #include "../core/logit_options.hpp"
+#include "../core/rope.hpp"
 #include "../core/status.hpp"
 #include "../policy/policy.hpp"
 #include "logit_checks.hpp"
@@ -41,7 +42,7 @@ struct CacheConfig {
   std::size_t min_decode_tokens = 0;  ///< room kept for decoding beside a long prompt; 0 means one page
   std::size_t layer = 0;              ///< this cache's layer: keeps the random numbers of layers apart
   float softmax_scale = 0.0F;         ///< 0 means 1 / sqrt(head_dim)
-  double rope_theta = 0.0;            ///< base of the rotary embedding; only selections that rotate queries need it
+  Rope rope = {};                     ///< of the model; needed where queries are rotated back: in-cache positions
 
   LogitOptions logits = {};  ///< soft cap, sliding window, ALiBi, sink logits
 
@@ -101,10 +102,14 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   constexpr std::size_t most_channels = std::size_t{1} << 20;
   if (config.query_heads > most_channels) refuse("query_heads = " + quoted(config.query_heads) + " exceeds 2^20");
   if (config.head_dim > most_channels) refuse("head_dim = " + quoted(config.head_dim) + " exceeds 2^20");
-  if (!std::isfinite(config.softmax_scale) || !std::isfinite(config.rope_theta)) {
-    refuse("softmax_scale and rope_theta must be finite");
+  if (!std::isfinite(config.softmax_scale)) {
+    refuse("softmax_scale = " + std::to_string(config.softmax_scale) + " must be finite");
   }
+  if (const std::string problem = config.rope.problem(config.head_dim); !problem.empty()) refuse(problem);
   if (const std::string problem = logit_problem(config.logits, config.query_heads, policy); !problem.empty()) {
+    refuse(problem);
+  }
+  if (const std::string problem = position_problem(config.logits, config.rope, policy); !problem.empty()) {
     refuse(problem);
   }
   if (const std::string problem = traits::options_problem(policy); !problem.empty()) {

@@ -53,8 +53,7 @@ inline std::string fact_text(const std::vector<float>& values) {
 /// Every field of a configuration. A field added to CacheConfig does not compile before it is named here.
 inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   const auto& [query_heads, kv_heads, head_dim, page_size, budget_tokens, read_budget_tokens, max_tokens,
-               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope_theta, logits] =
-      config;
+               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope, logits] = config;
   const auto& [soft_cap, window, alibi_slopes, sink_logits] = logits;
   facts.push_back({"query_heads", fact_text(query_heads)});
   facts.push_back({"kv_heads", fact_text(kv_heads)});
@@ -68,7 +67,16 @@ inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   facts.push_back({"min_decode_tokens", fact_text(min_decode_tokens)});
   facts.push_back({"layer", fact_text(layer)});
   facts.push_back({"softmax_scale", fact_text(softmax_scale)});
-  facts.push_back({"rope_theta", fact_text(rope_theta)});
+  const auto& [theta, rotary_dims, layout, scaling, factor, low_freq_factor, high_freq_factor, original_positions] =
+      rope;
+  facts.push_back({"rope.theta", fact_text(theta)});
+  facts.push_back({"rope.rotary_dims", fact_text(rotary_dims)});
+  facts.push_back({"rope.layout", fact_text(layout, "halves|interleaved")});
+  facts.push_back({"rope.scaling", fact_text(scaling, "none|linear|llama3")});
+  facts.push_back({"rope.factor", fact_text(factor)});
+  facts.push_back({"rope.low_freq_factor", fact_text(low_freq_factor)});
+  facts.push_back({"rope.high_freq_factor", fact_text(high_freq_factor)});
+  facts.push_back({"rope.original_positions", fact_text(original_positions)});
   facts.push_back({"soft_cap", fact_text(soft_cap)});
   facts.push_back({"window", fact_text(window)});
   facts.push_back({"alibi_slopes", fact_text(alibi_slopes)});

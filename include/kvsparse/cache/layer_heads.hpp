@@ -27,6 +27,8 @@ class LayerHeads {
   const Geometry& geometry() const { return context_.geometry; }
   const Policy& policy() const { return policy_; }
   float softmax_scale() const { return scale_; }
+  /// Turns queries back by PageRead::rotate_back.
+  const RopeRotation& rope() const { return rope_; }
 
   /// The position the next token will have: the length of the sequence.
   Position next_position() const { return next_; }
@@ -112,8 +114,10 @@ class LayerHeads {
         return {head.reads.data(), head.read_count};
       }
     }
+    const bool in_cache = traits::in_cache_positions(policy_);
     for (const PageIndex page : pages.pages()) {
-      if (!head.is_outside_window(page)) head.add_read(pages, {page, {}, 0.0F, 0.0F, 0});
+      const std::int64_t rotate_back = in_cache ? static_cast<std::int64_t>(pages.evicted_after(page)) : 0;
+      if (!head.is_outside_window(page)) head.add_read(pages, {page, {}, 0.0F, 0.0F, rotate_back});
     }
     return {head.reads.data(), head.read_count};
   }
@@ -216,7 +220,8 @@ class LayerHeads {
         policy_(policy),
         context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, rows},
         store_(store),
-        scale_(plan.scale) {
+        scale_(plan.scale),
+        rope_(config.rope, config.head_dim) {
     heads_.reserve(plan.geometry.kv_heads);
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) heads_.push_back(Head(plan, policy));
   }
@@ -240,6 +245,7 @@ class LayerHeads {
   LayerContext context_;
   const void* store_;
   float scale_;
+  RopeRotation rope_;
   std::vector<Head> heads_;
   LayerState<Policy> layer_state_{};
   Position next_;

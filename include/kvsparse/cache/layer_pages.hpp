@@ -42,7 +42,7 @@ class LayerPages : public LayerHeads<Policy> {
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     return plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy)) +
-           config.logits.bytes_required();
+           config.logits.bytes_required() + RopeRotation::bytes_required(config.rope, config.head_dim);
   }
 
   // --- growing ---

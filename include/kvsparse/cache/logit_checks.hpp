@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../core/logit_options.hpp"
+#include "../core/rope.hpp"
 #include "../policy/policy.hpp"
 
 namespace kvsparse::detail {
@@ -62,6 +63,20 @@ std::string logit_problem(const LogitOptions& logits, std::size_t query_heads, c
   if (logits.soft_cap != 0.0F && needs_exact_scores(policy)) {
     return scores + " and compares them with numbers that soft_cap = " + std::to_string(logits.soft_cap) + " changes";
   }
+  return {};
+}
+
+/// The same of in-cache positions.
+template <class Policy>
+std::string position_problem(const LogitOptions& logits, const Rope& rope, const Policy& policy) {
+  if (!traits::in_cache_positions(policy)) return {};
+  const std::string counts = "policy " + std::string(Policy::name) + " counts positions within the cache";
+  if (rope.theta == 0.0) return counts + " and turns queries back: it needs the model's rope.theta, which is 0";
+  if (logits.window != 0) {
+    return counts + ", window = " + std::to_string(logits.window) + " in the sequence; set one of them";
+  }
+  if (!logits.alibi_slopes.empty()) return counts + ", ALiBi slopes those in the sequence; set one of them";
+  if (scores_keys(policy)) return counts + ", but scores keys by queries at their positions in the sequence";
   return {};
 }
 

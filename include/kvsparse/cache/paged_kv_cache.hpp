@@ -60,6 +60,7 @@ class PagedKvCache : private LayerPages<Policy> {
   const CacheConfig& config() const { return Pages::config(); }
   using Pages::geometry;
   const Policy& policy() const { return Pages::policy(); }
+  using Pages::rope;
   using Pages::softmax_scale;
 
   using Pages::in_prompt;

@@ -132,7 +132,7 @@ struct ListedPages {
   PageRead operator[](std::size_t i) const {
     if (!all) return reads[i];
     const PageIndex index{static_cast<std::uint32_t>(i)};
-    return {table[index].page, index, table[index].tokens, nullptr, 0.0F, 0.0F, 0};
+    return {table[index].page, index, table[index].tokens, nullptr, 0.0F, 0.0F, 0, table[index].first_position};
   }
   Position first_position(std::size_t i) const { return table[(*this)[i].index].first_position; }
 };

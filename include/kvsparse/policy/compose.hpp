@@ -55,6 +55,7 @@ struct Compose {
   std::size_t slack_tokens() const { return traits::slack_tokens(evict); }
   std::size_t period() const { return traits::period(evict); }
   bool pin_prompt() const { return traits::pin_prompt(evict); }
+  bool in_cache_positions() const { return traits::in_cache_positions(evict); }
   std::size_t pinned_pages(const Geometry& geometry) const { return traits::pinned_pages(evict, geometry); }
   /// Both parts may want summaries, but there is one kind for a cache; see the constructor of PagedKvCache.
   PageSummary page_summary() const {

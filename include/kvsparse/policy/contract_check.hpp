@@ -28,6 +28,7 @@ KVSPARSE_DEFINE_HAS_MEMBER(pinned_pages)
 KVSPARSE_DEFINE_HAS_MEMBER(pages_used)
 KVSPARSE_DEFINE_HAS_MEMBER(evidence)
 KVSPARSE_DEFINE_HAS_MEMBER(page_summary)
+KVSPARSE_DEFINE_HAS_MEMBER(in_cache_positions)
 KVSPARSE_DEFINE_HAS_MEMBER(pin_prompt)
 KVSPARSE_DEFINE_HAS_MEMBER(period)
 KVSPARSE_DEFINE_HAS_MEMBER(query_window)
@@ -45,6 +46,7 @@ KVSPARSE_DEFINE_HAS_TRAIT(page_summary)
 KVSPARSE_DEFINE_HAS_TRAIT(slack_tokens)
 KVSPARSE_DEFINE_HAS_TRAIT(period)
 KVSPARSE_DEFINE_HAS_TRAIT(pin_prompt)
+KVSPARSE_DEFINE_HAS_TRAIT(in_cache_positions)
 
 KVSPARSE_DEFINE_HAS_MEMBER(evict)
 KVSPARSE_DEFINE_HAS_MEMBER(choose_victim)
@@ -229,6 +231,10 @@ struct ContractCheck {
   static_assert(has_trait_pin_prompt<P, bool>,
                 "kvsparse policy: the trait pin_prompt has the wrong type. Write: static constexpr bool pin_prompt = "
                 "true; or bool pin_prompt() const;");
+
+  static_assert(has_trait_in_cache_positions<P, bool>,
+                "kvsparse policy: the trait in_cache_positions has the wrong type. Write: static constexpr bool "
+                "in_cache_positions = true; or bool in_cache_positions() const;");
 
   // --- a trait that promises a verb, a verb that needs a trait ---
   template <class T>

@@ -122,6 +122,13 @@ class HeadPages {
     const std::size_t stored = table()[page].tokens;
     return visible < static_cast<std::int64_t>(stored) ? static_cast<std::size_t>(visible) : stored;
   }
+  /// Visible tokens that came after the page's first and are gone.
+  std::size_t evicted_after(PageIndex page) const {
+    const PageIndex last{static_cast<std::uint32_t>(size_ - 1)};
+    const std::size_t resident =
+        (last.value - page.value) * page_size() + tokens(last);  // all pages before it are full
+    return static_cast<std::size_t>(end_ - first_position(page)) - resident;
+  }
   /// One past the newest visible token.
   Position end() const { return end_; }
 

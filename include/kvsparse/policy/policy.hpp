@@ -26,6 +26,8 @@
 //   slack_tokens   * (0)         a lagged evictor aims this far below the budget, so that the budget holds between trims
 //   period         * (0)         decode steps between two calls of trim
 //   pin_prompt     * (false)     pages that hold a prompt token are never victims
+//   in_cache_positions * (false) distances count resident tokens alone: a page meets the query rotated back by what was
+//                                evicted after it. For policies that select nothing
 //
 // Verbs         P stands for the policy.
 //   on_page_open(HeadView<P>, PageIndex)          a page was opened, still empty: before its first on_append
@@ -307,6 +309,20 @@ constexpr bool pin_prompt(const P& policy) {
                          { P::pin_prompt } -> std::convertible_to<bool>;
                        }) {
     return P::pin_prompt;
+  } else {
+    return false;
+  }
+}
+template <class P>
+constexpr bool in_cache_positions(const P& policy) {
+  if constexpr (requires {
+                  { policy.in_cache_positions() } -> std::convertible_to<bool>;
+                }) {
+    return policy.in_cache_positions();
+  } else if constexpr (requires {
+                         { P::in_cache_positions } -> std::convertible_to<bool>;
+                       }) {
+    return P::in_cache_positions;
   } else {
     return false;
   }
