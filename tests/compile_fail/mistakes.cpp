@@ -261,6 +261,10 @@ struct PeriodNotConst : Evicting<PeriodNotConst> {
 struct PinPromptNotConst : Evicting<PinPromptNotConst> {
   bool pin_prompt() { return true; }
 };
+// EXPECT the trait in_cache_positions has the wrong type.
+struct InCachePositionsNotConst : Evicting<InCachePositionsNotConst> {
+  bool in_cache_positions() { return true; }
+};
 // EXPECT the trait reads_rows has the wrong type.
 struct ReadsRowsIsAsked : Named {
   bool reads_rows() const { return true; }
