@@ -264,7 +264,7 @@ KVSPARSE_INLINE void chunk_softmax([[maybe_unused]] const PagedKv<Key, Value>& k
         const Value* values = kv.values + reads[r].page.value * kv.value_page_stride;
         weight *= Tile::of_tokens([&](std::size_t t) {
           const std::size_t token = std::min<std::size_t>(i / Queries + t, reads[r].tokens - 1);
-          return row_scale(values + token * kv.value_row_stride, kv.head_dim);
+          return row_scale(values + token * kv.value_row_stride, kv.dim_before_value_scale());
         });
       }
       simd::store(page + i, Tile::token_major(weight));
@@ -334,7 +334,7 @@ KVSPARSE_INLINE void add_values(const PagedKv<Key, Value>& kv, const Chunk& chun
 template <std::size_t Queries, class Key, class Value>
 KVSPARSE_INLINE void chunk_values(const PagedKv<Key, Value>& kv, const Chunk& chunk, const ChunkWeights& weights,
                                   const float* keep, SoftmaxState* states) {
-  const std::size_t row = round_up(kv.head_dim, row_padding);
+  const std::size_t row = round_up(kv.dim_of_values(), row_padding);
   // As many accumulators as hide the latency of a fused multiply-add and, with what they are made of, fit the
   // registers.
   constexpr std::size_t accumulators = lanes == 16 ? 16 : 12;
@@ -385,9 +385,9 @@ void attend_chunk(const PagedKv<Key, Value>& kv, const Chunk& chunk, const float
 
 /// Attends to `reads`, in order, and folds them into `states` [group]; empty states are started, others continued.
 /// queries: [group, query_stride], already multiplied by the softmax scale and zero from head_dim up to
-/// round_up(head_dim, query_padding); every accumulator has that many floats. map: what becomes of the scaled dot
-/// products. O(tokens read * head_dim * group); does not allocate. Source: online softmax of Milakov and Gimelshein
-/// (1805.02867), page by page as in FlashInfer (2501.01005).
+/// round_up(head_dim, query_padding); every accumulator has round_up(value_dim, query_padding) floats. map: what
+/// becomes of the scaled dot products. O(tokens read * (head_dim + value_dim) * group); does not allocate. Source:
+/// online softmax of Milakov and Gimelshein (1805.02867), page by page as in FlashInfer (2501.01005).
 template <class Key, class Value>
 void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads, const float* queries,
                   std::size_t query_stride, std::span<SoftmaxState> states, PageTap tap = {},

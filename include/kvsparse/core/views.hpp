@@ -75,7 +75,8 @@ struct QueryGroup {
 
 /// The pages of one layer wherever they lie: a cache's pool or an engine's own memory. Row `slot` of page `id` starts
 /// at keys + id * key_page_stride + slot * key_row_stride. Rows are readable, and finite, up to round_up(head_dim,
-/// row_padding).
+/// row_padding), those of values up to round_up(value_dim, row_padding). MLA's latent: `values` is `keys`, with the
+/// same strides, and a token's value is the first value_dim elements of its key.
 template <class Key, class Value>
 struct PagedKv {
   const Key* keys = nullptr;
@@ -84,7 +85,15 @@ struct PagedKv {
   std::size_t value_page_stride = 0;
   std::size_t key_row_stride = 0;
   std::size_t value_row_stride = 0;
-  std::size_t head_dim = 0;
+  std::size_t head_dim = 0;   ///< of queries and keys
+  std::size_t value_dim = 0;  ///< of values and outputs; 0: head_dim
+
+  constexpr std::size_t dim_of_values() const { return value_dim != 0 ? value_dim : head_dim; }
+  /// The elements that stand before the scale of a value's row, where values have one.
+  std::size_t dim_before_value_scale() const {
+    const bool values_are_keys = static_cast<const void*>(values) == static_cast<const void*>(keys);
+    return values_are_keys ? head_dim : dim_of_values();
+  }
 };
 
 /// One page that a query group reads: what a selection becomes once the cache has looked up where the pages lie.
