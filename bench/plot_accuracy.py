@@ -205,9 +205,9 @@ def variants(rows, path):
     """RaaS by its own rule, by the letter of its papers, and without its pin, beside what is no scoring at all."""
     chosen = [row for row in policies_only(pick(rows, model="main", set="fall"))
               if row.policy.split(":")[0] in ("dense", "raas", "raas+quest", "random", "oracle")]
-    sizes = [size for size in present([row for row in chosen if row.policy != "dense"], "page_size", ()) if size > 1]
+    sizes = present(pick(chosen, policy="raas:used=rank"), "page_size", ())
     panels = {f"fall, pages of {size:g}": pick(chosen, page_size=size) for size in sizes}
-    if not panels or not any(row.policy == "raas:used=rank" for row in chosen):
+    if not panels:
         return False
     figure, grid = measure_grid(panels, ("answer_right", "lines_right"), 5.2, lambda axes, _: budget_axis(axes, chosen))
     return close(figure, grid[0], "What counts as use decides RaaS", path, dense_of(chosen),
