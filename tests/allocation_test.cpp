@@ -286,6 +286,39 @@ TEST(Allocations, ACopyCostsWhatTheOriginalCost) {
   EXPECT_EQ(live_bytes() - before, Cache::bytes_required(config));
 }
 
+TEST(Allocations, OverAPoolACacheAndAForkTakeTheirTablesAndNothingLater) {
+  using Policy = Compose<Raas, Quest>;
+  using Cache = PagedKvCache<Policy, Half>;
+  const CacheConfig config = config_of(7, 3);
+  const std::size_t empty = live_bytes();
+  {
+    const PagePool<Half> pool(config.geometry(), PageSummary::min_max, 40);
+    EXPECT_EQ(live_bytes() - empty, PagePool<Half>::bytes_required(config.geometry(), PageSummary::min_max, 40));
+    const std::size_t before = live_bytes();
+    Cache parent(config, pool);
+    EXPECT_EQ(live_bytes() - before, Cache::bytes_required_beside_pool(config));
+    const std::vector<float> row(2 * 20), q(6 * 20);
+    std::vector<float> out(6 * 20);
+    for (int t = 0; t < 10; ++t) ASSERT_TRUE(parent.append(row, row).ok());
+    const std::size_t forked = live_bytes();
+    Cache child = parent.fork();
+    EXPECT_EQ(live_bytes() - forked, Cache::bytes_required_beside_pool(config));
+    const Counters counters;
+    bool ok = true;
+    for (int t = 0; t < 100; ++t) {  // the first token copies the open pages, later ones evict shared pages
+      for (Cache* cache : {&child, &parent}) {
+        ok = ok && cache->can_append(9) && cache->append(row, row).ok() && attend(*cache, q, out).ok();
+      }
+    }
+    for (int t = 0; t < 60; ++t) ok = ok && child.append(row, row).ok();
+    child.clear();
+    const Counters after;
+    EXPECT_TRUE(ok);
+    EXPECT_TRUE(after == counters);
+  }
+  EXPECT_EQ(live_bytes(), empty);
+}
+
 TEST(Allocations, ARefusedConfigurationLeavesNothingBehind) {
   using Cache = PagedKvCache<Raas>;
   CacheConfig config = config_of(7, 3);

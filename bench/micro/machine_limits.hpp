@@ -9,7 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <kvsparse/core/simd.hpp>
-#include <kvsparse/memory/page_pool.hpp>
+#include <kvsparse/memory/aligned_array.hpp>
 #include <limits>
 #include <thread>
 #include <vector>

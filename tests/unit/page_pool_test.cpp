@@ -12,40 +12,55 @@ namespace {
 
 constexpr Geometry geometry{2, 1, 5, 3};
 
-TEST(PagePool, HandsOutEveryPageOnceFromTheLowest) {
-  PagePool<float> pool(geometry, 4);
-  EXPECT_EQ(pool.page_count(), 4U);
-  std::set<std::uint32_t> seen;
+TEST(PageLedger, HandsOutEveryPageOnceFromTheLowest) {
+  PageLedger ledger(4);
+  EXPECT_EQ(ledger.page_count(), 4U);
   for (std::uint32_t page = 0; page < 4; ++page) {
-    const PageId id = pool.acquire();
-    EXPECT_EQ(id.value, page);
-    seen.insert(id.value);
+    EXPECT_EQ(ledger.references(PageId{page}), 0U);
+    EXPECT_EQ(ledger.acquire(), PageId{page});
+    EXPECT_EQ(ledger.references(PageId{page}), 1U);
   }
-  EXPECT_EQ(seen.size(), 4U);
-  EXPECT_EQ(pool.free_pages(), 0U);
+  EXPECT_EQ(ledger.free_pages(), 0U);
 }
 
-TEST(PagePool, ReusesThePageGivenBackLast) {
-  PagePool<float> pool(geometry, 4);
-  const PageId first = pool.acquire();
-  const PageId second = pool.acquire();
-  pool.release(first);
-  pool.release(second);
-  EXPECT_EQ(pool.acquire(), second);
-  EXPECT_EQ(pool.acquire(), first);
-  EXPECT_EQ(pool.acquire().value, 2U);
+TEST(PageLedger, ReusesThePageGivenBackLast) {
+  PageLedger ledger(4);
+  const PageId first = ledger.acquire();
+  const PageId second = ledger.acquire();
+  static_cast<void>(ledger.acquire());
+  ledger.release(first);
+  ledger.release(second);
+  EXPECT_EQ(ledger.acquire(), second);
+  EXPECT_EQ(ledger.acquire(), first);
+  EXPECT_EQ(ledger.acquire().value, 3U);
 }
 
-TEST(PagePool, ClearTakesEveryPageBack) {
-  PagePool<float> pool(geometry, 3);
-  for (int i = 0; i < 3; ++i) static_cast<void>(pool.acquire());
-  pool.clear();
-  EXPECT_EQ(pool.free_pages(), 3U);
-  EXPECT_EQ(pool.acquire().value, 0U);
+TEST(PageLedger, ASharedPageIsFreeOnceItsLastTableGaveItBack) {
+  PageLedger ledger(2);
+  const PageId page = ledger.acquire();
+  EXPECT_FALSE(ledger.is_shared(page));
+  ledger.retain(page);
+  ledger.retain(page);
+  EXPECT_TRUE(ledger.is_shared(page));
+  EXPECT_EQ(ledger.shared_pages(), 1U);
+  ledger.release(page);
+  EXPECT_TRUE(ledger.is_shared(page));
+  ledger.release(page);
+  EXPECT_EQ(ledger.shared_pages(), 0U);
+  EXPECT_EQ(ledger.free_pages(), 1U);
+  ledger.release(page);
+  EXPECT_EQ(ledger.free_pages(), 2U);
 }
 
-TEST(PagePool, RowsOfAllPagesAndSlotsAreDisjointAndAlignedLikeTheView) {
-  PagePool<Half> pool(geometry, 3);
+TEST(PageLedger, AnEmptyOneHandsOutFromTheLowestAgainWhateverTheOrderOfReturns) {
+  PageLedger ledger(5);
+  for (int i = 0; i < 4; ++i) static_cast<void>(ledger.acquire());
+  for (const std::uint32_t page : {2U, 0U, 3U, 1U}) ledger.release(PageId{page});
+  for (std::uint32_t page = 0; page < 5; ++page) EXPECT_EQ(ledger.acquire(), PageId{page});
+}
+
+TEST(PageRows, OfAllPagesAndSlotsAreDisjointAndAlignedLikeTheView) {
+  PageRows<Half> pool(geometry, 3);
   const PagedKv<Half, Half> view = pool.view();
   EXPECT_EQ(view.head_dim, 5U);
   std::set<const Half*> rows;
@@ -69,22 +84,40 @@ TEST(PagePool, RowsOfAllPagesAndSlotsAreDisjointAndAlignedLikeTheView) {
   }
 }
 
-TEST(PagePool, CopiesHaveTheSamePagesAndGoTheirOwnWay) {
-  PagePool<float> pool(geometry, 3);
+TEST(PagePool, HandlesAreOnePoolAndACopiedPageGoesItsOwnWay) {
+  PagePool<float> pool(geometry, PageSummary::min_max, 3);
+  PagePool<float> handle(pool);
   const PageId page = pool.acquire();
-  *pool.key_row(page, Slot{1}) = 4.0F;
-  PagePool<float> copy(pool);
-  EXPECT_EQ(*copy.key_row(page, Slot{1}), 4.0F);
-  *copy.key_row(page, Slot{1}) = 5.0F;
-  EXPECT_EQ(*pool.key_row(page, Slot{1}), 4.0F);
-  EXPECT_EQ(copy.acquire(), pool.acquire());
-  PagePool<float> assigned(geometry, 1);
-  assigned = copy;
-  EXPECT_EQ(assigned.page_count(), 3U);
-  EXPECT_EQ(assigned.free_pages(), 1U);
-  EXPECT_EQ(*assigned.key_row(page, Slot{1}), 5.0F);
-  const PagePool<float> moved(std::move(assigned));
-  EXPECT_EQ(*moved.key_row(page, Slot{1}), 5.0F);
+  const std::vector<float> ones(8, 1.0F);
+  store_row(ones.data(), 5, pool.memory().rows.key_row(page, Slot{1}));
+  pool.memory().summaries.add_key(page, pool.memory().rows.key_row(page, Slot{1}), true);
+  EXPECT_TRUE(handle == pool);
+  EXPECT_EQ(handle.free_pages(), 2U);
+  pool = PagePool<float>(geometry, PageSummary::min_max, 1);
+  EXPECT_FALSE(handle == pool);
+  EXPECT_EQ(*handle.memory().rows.key_row(page, Slot{1}), 1.0F) << "the memory goes with the last handle";
+  const PageId copy = pool.acquire_copy(handle, page);
+  EXPECT_EQ(pool.memory().summaries.max(copy)[4], 1.0F);
+  *pool.memory().rows.key_row(copy, Slot{1}) = 5.0F;
+  EXPECT_EQ(*handle.memory().rows.key_row(page, Slot{1}), 1.0F);
+  const PagePool<float> moved(std::move(handle));
+  EXPECT_EQ(moved.references(page), 1U);
+}
+
+TEST(PagePool, IsNeverLargerThanTheBytesItMayHave) {
+  constexpr Geometry two_heads{2, 2, 5, 3};
+  const std::size_t least = PagePool<Half>::bytes_required(two_heads, PageSummary::min_max, 2);
+  for (std::size_t bytes = least; bytes < 3 * least; bytes += 7) {
+    const auto pool = PagePool<Half>::of_bytes(two_heads, PageSummary::min_max, bytes);
+    EXPECT_EQ(pool.page_count() % 2, 0U);
+    EXPECT_LE(PagePool<Half>::bytes_required(two_heads, PageSummary::min_max, pool.page_count()), bytes);
+    EXPECT_GT(PagePool<Half>::bytes_required(two_heads, PageSummary::min_max, pool.page_count() + 2), bytes);
+  }
+  EXPECT_THROW(PagePool<Half>::of_bytes(two_heads, PageSummary::min_max, least - 1), ConfigError);
+  EXPECT_THROW(PagePool<Half>(two_heads, PageSummary::none, 3), ConfigError);
+  EXPECT_THROW(PagePool<Half>(two_heads, PageSummary::none, 0), ConfigError);
+  EXPECT_THROW(PagePool<Half>(Geometry{1, 1, 0, 4}, PageSummary::none, 1), ConfigError);
+  EXPECT_THROW(PagePool<Half>::of_bytes(Geometry{1, 0, 8, 4}, PageSummary::none, 1000), ConfigError);
 }
 
 TEST(AlignedArray, IsAlignedToCacheLinesAndLargeOnesToHugePages) {

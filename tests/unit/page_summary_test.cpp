@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../support/random_trace.hpp"
+#include "kvsparse/memory/page_rows.hpp"
 
 namespace kvsparse {
 namespace {
@@ -22,7 +23,7 @@ struct Stored {
     kvsparse_test::TestRng rng(head_dim * 1000 + page_size);
     std::vector<float> key(head_dim);
     for (std::uint32_t page = 0; page < pages; ++page) {
-      const PageId id = pool.acquire();
+      const PageId id{page};
       // The page was somebody else's before: whatever its summary says must be forgotten with the first key.
       for (float& element : key) element = static_cast<float>(100.0 * scale);
       store_row(key.data(), head_dim, pool.key_row(id, Slot{0}));
@@ -42,7 +43,7 @@ struct Stored {
   }
 
   Geometry geometry;
-  PagePool<Scalar> pool;
+  PageRows<Scalar> pool;
   PageSummaries<SummaryScalar<Scalar>> summaries;
   std::vector<ResidentPage> table;
 };
@@ -143,7 +144,7 @@ TYPED_TEST(Summaries, SumsAreThoseOfTheStoredKeys) {
   }
 }
 
-TEST(PageSummaries, NoneCostsNothingAndCopiesAreIndependent) {
+TEST(PageSummaries, NoneCostsNothingAndACopiedPageGoesItsOwnWay) {
   const Geometry geometry{1, 1, 8, 4};
   EXPECT_EQ(PageSummaries<float>::bytes_per_page(geometry, PageSummary::none), 0U);
   EXPECT_EQ(PageSummaries<Half>::bytes_per_page(geometry, PageSummary::min_max), 32U);
@@ -152,12 +153,17 @@ TEST(PageSummaries, NoneCostsNothingAndCopiesAreIndependent) {
   const std::vector<float> ones(8, 1.0F);
   const std::vector<float> twos(8, 2.0F);
   original.add_key(PageId{0}, ones.data(), true);
-  PageSummaries<float> copy(original);
-  copy.add_key(PageId{0}, twos.data(), false);
+  PageSummaries<float> other(geometry, PageSummary::min_max, 2);
+  other.copy(original, PageId{0}, PageId{1});
+  other.add_key(PageId{1}, twos.data(), false);
   EXPECT_EQ(original.max(PageId{0})[3], 1.0F);
-  EXPECT_EQ(copy.max(PageId{0})[3], 2.0F);
-  original = copy;
-  EXPECT_EQ(original.max(PageId{0})[3], 2.0F);
+  EXPECT_EQ(other.max(PageId{1})[3], 2.0F);
+  EXPECT_EQ(other.min(PageId{1})[3], 1.0F);
+  PageSummaries<float> sums(geometry, PageSummary::mean, 2);
+  sums.add_key(PageId{0}, ones.data(), true);
+  sums.add_key(PageId{0}, twos.data(), false);
+  sums.copy(sums, PageId{0}, PageId{1});
+  EXPECT_EQ(sums.sum(PageId{1})[3], 3.0F);
 }
 
 }  // namespace

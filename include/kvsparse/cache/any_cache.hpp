@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "../policy/dense.hpp"
@@ -95,25 +96,39 @@ inline PolicyFacts policy_facts(std::string_view name) {
   return *facts;
 }
 
+/// A pool for caches whose storage type is known at run time alone.
+using AnyPagePool = std::variant<PagePool<float>, PagePool<Half>, PagePool<Bfloat16>, PagePool<Int8>>;
+
+/// Of as many pages as fit `bytes`. Throws ConfigError as PagePool does.
+inline AnyPagePool any_page_pool(ScalarType scalar, const Geometry& geometry, PageSummary kind, std::size_t bytes) {
+  switch (scalar) {
+    case ScalarType::f32: return PagePool<float>::of_bytes(geometry, kind, bytes);
+    case ScalarType::f16: return PagePool<Half>::of_bytes(geometry, kind, bytes);
+    case ScalarType::bf16: return PagePool<Bfloat16>::of_bytes(geometry, kind, bytes);
+    case ScalarType::int8: return PagePool<Int8>::of_bytes(geometry, kind, bytes);
+  }
+  KVSPARSE_THROW(ConfigError("unknown storage type"));
+}
+
 /// Value semantics; copying copies pages and policy state. Verbs and errors are those of PagedKvCache and attend.
 class AnyCache {
  public:
   /// Throws ConfigError: unknown policy or option (the known ones are listed), bad option value, bad configuration.
   /// A preset among the settings is applied before the other settings.
   AnyCache(std::string_view policy, ScalarType scalar, const CacheConfig& config,
-           std::span<const OptionSetting> settings = {}) {
-    detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
-      if (Policy::name == policy) cache_ = make<Policy>(scalar, config, settings);
-    });
-    if (cache_ == nullptr) KVSPARSE_THROW(ConfigError(detail::unknown_policy(policy)));
-  }
+           std::span<const OptionSetting> settings = {})
+      : AnyCache(policy, scalar, config, nullptr, settings) {}
+  /// The same over pages of a pool that other caches may use too; keys and values are stored as the pool stores them.
+  AnyCache(std::string_view policy, const CacheConfig& config, const AnyPagePool& pool,
+           std::span<const OptionSetting> settings = {})
+      : AnyCache(policy, static_cast<ScalarType>(pool.index()), config, &pool, settings) {}
 
   /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
   /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all four unless
   /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
   template <class Policy, StorageScalar... Scalars>
   static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
-    return AnyCache(make<Policy, Scalars...>(scalar, config, settings));
+    return AnyCache(make<Policy, Scalars...>(scalar, config, nullptr, settings));
   }
 
   AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
@@ -124,9 +139,13 @@ class AnyCache {
   AnyCache(AnyCache&&) noexcept = default;
   AnyCache& operator=(AnyCache&&) noexcept = default;
 
+  [[nodiscard]] AnyCache fork() { return AnyCache(cache_->fork()); }
+
   std::string_view policy_name() const { return cache_->policy_name(); }
   const CacheConfig& config() const { return cache_->config(); }
   Position next_position() const { return cache_->next_position(); }
+  bool can_append(std::size_t tokens) const noexcept { return cache_->can_append(tokens); }
+  std::size_t bytes_reclaimable() const { return cache_->bytes_reclaimable(); }
 
   Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept { return cache_->append(k, v); }
   Status append(std::span<const float> k, std::span<const float> v) noexcept { return cache_->append_flat(k, v); }
@@ -164,7 +183,8 @@ class AnyCache {
   }
 
   CacheStats stats() const { return cache_->stats(); }
-  /// What construction allocated for pages, summaries, policy state and scratch: bytes_required of the configuration.
+  /// What construction allocated for pages (unless they are a shared pool's), policy state and scratch: bytes_required
+  /// of the configuration, or bytes_required_beside_pool.
   std::size_t bytes_allocated() const { return cache_->bytes_allocated(); }
   /// What it allocated beside that: the cache object that this handle points to.
   std::size_t object_bytes() const noexcept { return cache_->object_bytes(); }
@@ -178,6 +198,9 @@ class AnyCache {
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
+    virtual std::unique_ptr<Interface> fork() = 0;
+    virtual bool can_append(std::size_t tokens) const noexcept = 0;
+    virtual std::size_t bytes_reclaimable() const = 0;
     virtual std::string_view policy_name() const = 0;
     virtual const CacheConfig& config() const = 0;
     virtual Position next_position() const = 0;
@@ -202,8 +225,15 @@ class AnyCache {
 
   template <class Policy, class Scalar>
   struct Model final : Interface {
+    using Cache = PagedKvCache<Policy, Scalar>;
     Model(const CacheConfig& config, const Policy& policy) : cache(config, policy) {}
-    std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(*this); }
+    Model(const CacheConfig& config, const PagePool<Scalar>& pool, const Policy& policy)
+        : cache(config, pool, policy), is_over_pool(true) {}
+    Model(Cache&& made, bool over_pool) : cache(std::move(made)), is_over_pool(over_pool) {}
+    std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(Cache(cache), false); }
+    std::unique_ptr<Interface> fork() override { return std::make_unique<Model>(cache.fork(), true); }
+    bool can_append(std::size_t tokens) const noexcept override { return cache.can_append(tokens); }
+    std::size_t bytes_reclaimable() const override { return cache.bytes_reclaimable(); }
     std::string_view policy_name() const override { return Policy::name; }
     const CacheConfig& config() const override { return cache.config(); }
     Position next_position() const override { return cache.next_position(); }
@@ -231,29 +261,44 @@ class AnyCache {
       return kvsparse::attend_prompt(cache, q, out, executor);
     }
     CacheStats stats() const override { return cache.stats(); }
-    std::size_t bytes_allocated() const override { return decltype(cache)::bytes_required(config(), cache.policy()); }
+    std::size_t bytes_allocated() const override {
+      return is_over_pool ? Cache::bytes_required_beside_pool(config(), cache.policy())
+                          : Cache::bytes_required(config(), cache.policy());
+    }
     std::size_t object_bytes() const noexcept override { return sizeof(Model); }
     std::vector<Position> resident_positions(std::size_t kv_head) const override {
       return cache.resident_positions(kv_head);
     }
     std::vector<Position> read_positions(std::size_t kv_head) const override { return cache.read_positions(kv_head); }
     detail::LayerImage image() override { return detail::ImageAccess::of(cache); }
-    PagedKvCache<Policy, Scalar> cache;
+    Cache cache;
+    bool is_over_pool = false;
   };
 
   explicit AnyCache(std::unique_ptr<Interface> cache) : cache_(std::move(cache)) {}
+  AnyCache(std::string_view policy, ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
+           std::span<const OptionSetting> settings) {
+    detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
+      if (Policy::name == policy) cache_ = make<Policy>(scalar, config, pool, settings);
+    });
+    if (cache_ == nullptr) KVSPARSE_THROW(ConfigError(detail::unknown_policy(policy)));
+  }
 
+  /// pool: null for one of its own.
   template <class Policy, StorageScalar... Scalars>
-  static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config,
+  static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
                                          std::span<const OptionSetting> settings) {
     if constexpr (sizeof...(Scalars) == 0) {
-      return make<Policy, float, Half, Bfloat16, Int8>(scalar, config, settings);
+      return make<Policy, float, Half, Bfloat16, Int8>(scalar, config, pool, settings);
     } else {
       const Policy policy = with_settings<Policy>(settings);
       const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];
       std::unique_ptr<Interface> cache;
       const auto try_type = [&]<class Scalar>() {
-        if (scalar_name<Scalar> == wanted) cache = std::make_unique<Model<Policy, Scalar>>(config, policy);
+        if (scalar_name<Scalar> != wanted) return;
+        cache = pool == nullptr
+                    ? std::make_unique<Model<Policy, Scalar>>(config, policy)
+                    : std::make_unique<Model<Policy, Scalar>>(config, std::get<PagePool<Scalar>>(*pool), policy);
       };
       (try_type.template operator()<Scalars>(), ...);
       if (cache == nullptr) {

@@ -56,9 +56,11 @@ struct CacheStats {
   std::size_t peak_resident_tokens = 0;
   std::size_t resident_bytes = 0;  ///< pages, summaries and policy state of the resident pages, all kv heads
   std::size_t peak_resident_bytes = 0;
-  std::size_t evicted_tokens = 0;       ///< summed over kv heads, as the two below
-  std::size_t last_read_tokens = 0;     ///< by the latest attend
-  std::size_t last_skipped_tokens = 0;  ///< resident but read by no query head of the group in the latest attend
+  std::size_t shared_bytes = 0;          ///< of resident_bytes: keys, values and summaries that a fork holds too
+  std::size_t evicted_tokens = 0;        ///< summed over kv heads, as the three below
+  std::size_t evicted_shared_pages = 0;  ///< evicted while a fork still held them: no memory became free
+  std::size_t last_read_tokens = 0;      ///< by the latest attend
+  std::size_t last_skipped_tokens = 0;   ///< resident but read by no query head of the group in the latest attend
   /// Share of the evictable pages that an evictor which judges pages (RaaS) found used, over all steps; NaN if none
   /// judged. Near 1 the policy has degenerated into first-in first-out, near 0 into one that has no evidence.
   double used_page_share = std::numeric_limits<double>::quiet_NaN();

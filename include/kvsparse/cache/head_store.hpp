@@ -94,6 +94,15 @@ struct HeadStore {
     while (page.value + 1 < table.size() && table[page].pinned) ++page.value;
     return page;
   }
+  /// Unpinned pages that are such.
+  template <class IsSuch>
+  std::size_t count_evictable(IsSuch&& is_such) const {
+    std::size_t count = 0;
+    for (std::uint32_t page = 0; page < table.size(); ++page) {
+      count += !table[{page}].pinned && is_such(table[{page}].page) ? 1 : 0;
+    }
+    return count;
+  }
   /// Takes pins from prompt pages, the middle one first and the sequence's first page last, until at most `limit`
   /// remain.
   void unpin_middle(std::size_t limit, std::size_t sink_pages) {

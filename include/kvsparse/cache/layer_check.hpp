@@ -138,6 +138,15 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
     tokens = std::max(tokens, of_head);
     pages += head.pages.size();
   }
+  std::size_t available = layer.pages.free_pages(layer.pages.store);
+  for (const HeadImage& image : layer.heads) {
+    for (std::uint32_t i = 0; i < image.table->size(); ++i) {
+      available += layer.pages.is_shared(layer.pages.store, (*image.table)[{i}].page) ? 0 : 1;
+    }
+  }
+  if (pages > available) {
+    refuse_snapshot("it holds " + fact_text(pages) + " pages, but the pool has " + fact_text(available) + " for it");
+  }
   if (in.left() != 0) refuse_snapshot(fact_text(in.left()) + " bytes are left after the last page");
   if (state.peak_resident_tokens < tokens || state.peak_resident_tokens > layer.page_capacity * geometry.page_size ||
       state.peak_resident_pages < pages || state.peak_resident_pages > layer.page_capacity * geometry.kv_heads) {

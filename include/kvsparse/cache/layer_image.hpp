@@ -28,6 +28,8 @@ struct PagesImage {
   std::byte* (*values)(void* store, PageId page) = nullptr;  // [page_size * value_row_bytes]
   PageId (*acquire)(void* store) = nullptr;
   void (*release)(void* store, PageId page) = nullptr;
+  std::size_t (*free_pages)(const void* store) = nullptr;
+  bool (*is_shared)(const void* store, PageId page) = nullptr;
   /// Computes the page's summary anew from its first `tokens` keys.
   void (*summarize)(void* store, PageId page, std::size_t tokens) = nullptr;
 };

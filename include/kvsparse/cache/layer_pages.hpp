@@ -12,8 +12,8 @@
 
 namespace kvsparse {
 
-/// Who hands out page ids and takes them back: a pool, or an engine's block allocator. Neither verb may fail: ask the
-/// owner for room before append, which takes a page for each kv head when slot_of_next() is 0.
+/// Who hands out page ids and takes them back: a pool, or an engine's block allocator. Neither verb may fail: see that
+/// there are pages_wanted(tokens) before append.
 template <class Owner>
 concept PageOwner = requires(Owner owner, PageId page) {
   { owner.acquire() } -> std::same_as<PageId>;
@@ -57,6 +57,33 @@ class LayerPages : public LayerHeads<Policy> {
     const std::size_t pinned = pages_pinned_by(tokens);
     if (pinned + decode_pages_ > page_capacity_) return {Code::prompt_exceeds_budget, pinned, page_capacity_};
     return {};
+  }
+
+  /// Pages that so many more tokens take from the owner, all heads together, less those that evictions give back; not
+  /// less than it turns out to be. is_shared(PageId): others hold the page too. Which page a policy will give up is not
+  /// known before, so those that evictions must first get past are counted as given up first; what trim gives back is
+  /// not counted, and a prompt that may raise the budget is taken to have done so. O(kv_heads), or O(resident pages) if
+  /// `any_shared`.
+  template <class IsShared>
+  std::size_t pages_wanted(std::size_t tokens, bool any_shared, IsShared&& is_shared) const {
+    const std::size_t opened = pages_to_open(tokens);
+    std::size_t budget = page_budget();
+    if (!prompt_ended_ && pages_pinned_by(tokens) != 0) {
+      budget = std::max(budget, std::min(page_capacity_, pages_pinned_by(tokens) + decode_pages_));
+    }
+    std::size_t wanted = 0;
+    for (const Head& head : heads_) {
+      wanted += opened;
+      std::size_t evictions = 0;
+      if (Evictor<Policy> && head.table.size() + opened > budget) evictions = head.table.size() + opened - budget;
+      if (any_shared && evictions > 0) evictions -= std::min(evictions, head.count_evictable(is_shared));
+      wanted -= std::min(opened, evictions);
+    }
+    return wanted;
+  }
+  /// Pages that each head opens for so many more tokens.
+  std::size_t pages_to_open(std::size_t tokens) const {
+    return geometry().pages_for(next_index() + tokens) - geometry().pages_for(next_index());
   }
 
   /// One more token in every head, if check_append() says so. The first ends the prompt.
@@ -133,6 +160,34 @@ class LayerPages : public LayerHeads<Policy> {
     }
     next_ = next_ + 1;
     if (!prompt_ended_) ++prompt_tokens_;
+  }
+
+  /// Gives each resident page another id: new_id(PageId), page by page, for the heads in turn.
+  template <class NewId>
+  void renumber(NewId&& new_id) {
+    std::size_t most = 0;
+    for (const Head& head : heads_) most = std::max(most, head.table.size());
+    for (std::uint32_t page = 0; page < most; ++page) {
+      for (Head& head : heads_) {
+        if (page < head.table.size()) head.table.move_to({page}, new_id(head.table[{page}].page));
+      }
+    }
+  }
+  /// The same for the page of a head's newest token.
+  void renumber_open_page(std::size_t kv_head, PageId page) {
+    PageTable& table = heads_[kv_head].table;
+    table.move_to({static_cast<std::uint32_t>(table.size() - 1)}, page);
+  }
+  /// Calls visit(PageId) for every resident page, so that taking them again in turn would order ids as before.
+  template <class Visit>
+  void visit_newest_first(Visit&& visit) const {
+    std::size_t most = 0;
+    for (const Head& head : heads_) most = std::max(most, head.table.size());
+    for (std::size_t page = most; page-- > 0;) {
+      for (std::size_t h = heads_.size(); h-- > 0;) {
+        if (page < heads_[h].table.size()) visit(heads_[h].table[{static_cast<std::uint32_t>(page)}].page);
+      }
+    }
   }
 
   /// Forgets everything; the next token has position 0 and may start a prompt. The owner's pages are the caller's

@@ -6,55 +6,85 @@
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "../core/shape_check.hpp"
 #include "attend_scratch.hpp"
 #include "layer_pages.hpp"
 #include "page_image.hpp"
-#include "page_store.hpp"
+#include "pool_access.hpp"
 
 namespace kvsparse {
 
-/// Thread safety: distinct caches are independent. Of one cache, `append`, `append_prompt`, `end_prompt`, `clear` and
-/// attend, which may use an executor's threads inside, are exclusive; the verbs that take a kv head (select, record,
-/// observe) may run at the same time for different heads, and end_step is exclusive. Const members may run at the same
-/// time as one another. After construction no verb of the decode step allocates, throws or locks. Copying copies pages,
-/// policy state and all.
+/// Pages live in a PagePool: the cache's own, or one that many caches share. A copy has a pool of its own and copies
+/// the pages; a fork shares the pool and the pages. Moving is cheap.
+///
+/// Thread safety: caches over different pools are independent; for caches over one pool see PagePool. Of one cache, the
+/// verbs that change it and attend, which may use an executor's threads inside, are exclusive; the verbs that take a kv
+/// head (select, record, observe) may run at the same time for different heads, and end_step is exclusive. Const
+/// members may run at the same time as one another. After construction no verb of the decode step allocates, throws or
+/// locks.
 template <class Policy, StorageScalar Key = float, StorageScalar Value = Key>
 class PagedKvCache : private LayerPages<Policy> {
   using Pages = LayerPages<Policy>;
-  using Store = PageStore<Key, Value>;
 
  public:
   using policy_type = Policy;
   using key_type = Key;
   using value_type = Value;
+  using Pool = PagePool<Key, Value>;
 
-  /// Allocates everything the cache will ever use: bytes_required(config, policy). Throws ConfigError.
+  /// Allocates everything the cache will ever use, pages included: bytes_required(config, policy). Throws ConfigError.
   explicit PagedKvCache(const CacheConfig& config, Policy policy = {})
       : PagedKvCache(config, policy, detail::plan_cache(config, policy)) {}
+  /// The same over pages of a pool that other caches may use too; allocates bytes_required_beside_pool(config, policy).
+  /// Throws ConfigError, also if the pool's head_dim, page_size or summaries are not what the cache needs.
+  PagedKvCache(const CacheConfig& config, const Pool& pool, Policy policy = {})
+      : PagedKvCache(config, policy, detail::plan_cache(config, policy), pool) {}
+
+  /// A cache with the same pages, policy state and all, in a pool of its own: takes bytes_required(config, policy).
   PagedKvCache(const PagedKvCache& other)
-      : Pages(other), store_(std::make_unique<Store>(*other.store_)), scratch_(other.scratch_) {
-    Pages::set_store(store_.get());
+      : Pages(other), pool_(own_pool(other.config(), other.policy())), scratch_(other.scratch_) {
+    Pages::set_store(&pool_.memory());
+    Pages::renumber([&](PageId page) { return pool_.acquire_copy(other.pool_, page); });
   }
   PagedKvCache& operator=(const PagedKvCache& other) {
     PagedKvCache copy(other);
     return *this = std::move(copy);
   }
   PagedKvCache(PagedKvCache&&) noexcept = default;
-  PagedKvCache& operator=(PagedKvCache&&) noexcept = default;
-  ~PagedKvCache() = default;
+  PagedKvCache& operator=(PagedKvCache&& other) noexcept {
+    if (this == &other) return *this;
+    std::destroy_at(this);
+    return *std::construct_at(this, std::move(other));
+  }
+  /// Gives the pages back.
+  ~PagedKvCache() { release_pages(); }
 
-  /// Bytes that construction allocates. Throws ConfigError like the constructor.
+  /// A cache that goes on from here by itself, over the same pool. Pages are shared until one side writes into them:
+  /// then it takes a copy for itself. Costs the tables, bytes_required_beside_pool(config, policy), and no page.
+  [[nodiscard]] PagedKvCache fork() {
+    PagedKvCache child(*this, pool_);
+    Pages::visit_newest_first([&](PageId page) { pool_.retain(page); });
+    open_pages_may_be_shared_ = child.open_pages_may_be_shared_ = true;
+    return child;
+  }
+
+  /// Bytes that construction without a pool allocates. Throws ConfigError like the constructor.
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
+    const detail::CachePlan plan = detail::plan_cache(config, policy);
+    return bytes_required_beside_pool(config, policy) +
+           Pool::bytes_required(plan.geometry, traits::page_summary(policy),
+                                plan.page_capacity * plan.geometry.kv_heads);
+  }
+  /// Bytes that construction over a pool allocates: tables, policy state, working memory of a query.
+  static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     const detail::HeadSizes n(plan, policy);
     const std::size_t scratch = detail::AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
-    return Pages::bytes_required(config, policy) + sizeof(Store) +
-           Store::bytes_required(plan.geometry, traits::page_summary(policy),
-                                 plan.page_capacity * plan.geometry.kv_heads) +
-           plan.geometry.kv_heads * (sizeof(detail::AttendScratch) + scratch);
+    return Pages::bytes_required(config, policy) + plan.geometry.kv_heads * (sizeof(detail::AttendScratch) + scratch);
   }
 
   const CacheConfig& config() const { return Pages::config(); }
@@ -62,6 +92,8 @@ class PagedKvCache : private LayerPages<Policy> {
   const Policy& policy() const { return Pages::policy(); }
   using Pages::rope;
   using Pages::softmax_scale;
+
+  const Pool& pool() const { return pool_; }
 
   using Pages::in_prompt;
   using Pages::next_position;
@@ -73,14 +105,16 @@ class PagedKvCache : private LayerPages<Policy> {
 
   /// Appends one token; k, v: [kv_heads, head_dim], keys rotated at next_position(). The first call ends the prompt.
   /// When it opens a page beyond the budget, each head first gives up the page its policy names. O(kv_heads *
-  /// head_dim), plus the policy's victim search once a page. Refuses wrong shapes and, for policies that keep
-  /// everything, max_tokens.
+  /// head_dim), plus the policy's victim search once a page. Refuses wrong shapes, for policies that keep everything
+  /// max_tokens, and what can_append(1) denies.
   template <StorableAs<Key, Value> Row>
   Status append(HeadRows<const Row> k, HeadRows<const Row> v) noexcept {
     if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = Pages::check_append(); !status) return status;
+    if (const Status status = check_pool(1); !status) return status;
     end_prompt();
+    own_open_pages();
     store_token(k, v);
     return {};
   }
@@ -98,7 +132,10 @@ class PagedKvCache : private LayerPages<Policy> {
     if (k.tokens != v.tokens) return {Status::Code::wrong_tokens, v.tokens, k.tokens};
     if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_pool(k.tokens); !status) return status;
+    if (k.tokens == 0) return {};
     Pages::begin_prompt(k.tokens);
+    own_open_pages();
     for (std::size_t token = 0; token < k.tokens; ++token) store_token(k.token(token), v.token(token));
     return {};
   }
@@ -114,17 +151,39 @@ class PagedKvCache : private LayerPages<Policy> {
   }
 
   /// No more prompt will come. The first append says the same.
-  void end_prompt() noexcept { Pages::end_prompt(store_->pool); }
+  void end_prompt() noexcept {
+    Lender lender{*this};
+    Pages::end_prompt(lender);
+  }
+
+  /// Whether the pool has the pages for so many more tokens: those to open and those to copy because a fork shares
+  /// them, less those that evictions give back. A true answer holds until another cache takes pages, and an append
+  /// asks the same question. Evictions are taken to hit shared pages first, which give nothing back.
+  bool can_append(std::size_t tokens) const noexcept { return check_pool(tokens).ok(); }
+  /// What the pool would have back if this cache were cleared: keys, values and summaries that no fork holds.
+  std::size_t bytes_reclaimable() const {
+    std::size_t pages = 0;
+    Pages::visit_newest_first([&](PageId page) { pages += pool_.is_shared(page) ? 0 : 1; });
+    return pages * pool_.bytes_per_page();
+  }
 
   /// Empties the cache; the next token has position 0 and may start a prompt.
   void clear() noexcept {
+    release_pages();
     Pages::clear();
-    store_->pool.clear();
+    evicted_shared_pages_ = 0;
   }
 
   // --- looking ---
 
-  CacheStats stats() const { return Pages::stats(bytes_per_resident_page()); }
+  CacheStats stats() const {
+    CacheStats stats = Pages::stats(bytes_per_resident_page());
+    Pages::visit_newest_first([&](PageId page) {
+      if (pool_.is_shared(page)) stats.shared_bytes += pool_.bytes_per_page();
+    });
+    stats.evicted_shared_pages = evicted_shared_pages_;
+    return stats;
+  }
   using Pages::check_latest_reads;
   using Pages::latest_reads;
   using Pages::read_positions;
@@ -133,12 +192,12 @@ class PagedKvCache : private LayerPages<Policy> {
 
   /// What one resident page of one kv head costs: keys, values, summary, policy state.
   std::size_t bytes_per_resident_page() const {
-    return Store::bytes_per_page(geometry(), store_->summaries.kind()) + detail::HeadStore<Policy>::page_state_bytes;
+    return pool_.bytes_per_page() + detail::HeadStore<Policy>::page_state_bytes;
   }
 
   // --- the decode step, head by head: what attend() is made of, for an engine with a kernel of its own ---
 
-  PagedKv<Key, Value> pages() const { return store_->pool.view(); }
+  PagedKv<Key, Value> pages() const { return pool_.memory().rows.view(); }
   using Pages::add_residual;
   using Pages::add_sinks;
   using Pages::begin_query;
@@ -160,20 +219,65 @@ class PagedKvCache : private LayerPages<Policy> {
   detail::LayerImage image() {
     detail::LayerImage image = Pages::image();
     image.facts = detail::cache_facts<Policy, Key, Value>(config(), policy());
-    image.pages = detail::pages_image(*store_, geometry().head_dim);
+    image.pages = detail::pages_image(pool_);
     return image;
   }
 
   PagedKvCache(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan)
-      : Pages(config, policy, plan, Store::row_access(), nullptr),
-        store_(std::make_unique<Store>(plan.geometry, traits::page_summary(policy),
-                                       plan.page_capacity * plan.geometry.kv_heads)) {
-    Pages::set_store(store_.get());
+      : PagedKvCache(config, policy, plan, own_pool(config, policy)) {}
+  PagedKvCache(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan, const Pool& pool)
+      : Pages(config, policy, plan, detail::row_access<Key, Value>(), &pool.memory()), pool_(pool) {
+    detail::check_pool_fits(plan.geometry, std::string(Policy::name), traits::page_summary(policy), pool);
     const detail::HeadSizes n(plan, policy);
     scratch_.reserve(plan.geometry.kv_heads);
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) {
       scratch_.push_back(detail::AttendScratch(n.pages, plan.geometry.page_size, n.group, n.row));
     }
+  }
+  PagedKvCache(const PagedKvCache& other, const Pool& pool) : Pages(other), pool_(pool), scratch_(other.scratch_) {}
+
+  static Pool own_pool(const CacheConfig& config, const Policy& policy) {
+    const detail::CachePlan plan = detail::plan_cache(config, policy);
+    return Pool(plan.geometry, traits::page_summary(policy), plan.page_capacity * plan.geometry.kv_heads);
+  }
+
+  /// Lends the pool's pages to LayerPages.
+  struct Lender {
+    PagedKvCache& cache;
+    PageId acquire() { return cache.pool_.acquire(); }
+    void release(PageId page) {
+      if (cache.pool_.is_shared(page)) ++cache.evicted_shared_pages_;
+      cache.pool_.release(page);
+    }
+  };
+
+  Status check_pool(std::size_t tokens) const noexcept {
+    if (tokens == 0) return {};
+    const std::size_t heads = geometry().kv_heads;
+    const std::size_t at_most = heads * (Pages::pages_to_open(tokens) + (open_pages_may_be_shared_ ? 1 : 0));
+    if (at_most <= pool_.free_pages()) return {};
+    const auto is_shared = [&](PageId page) { return pool_.is_shared(page); };
+    std::size_t wanted = Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared);
+    for (std::size_t h = 0; h < heads && writes_into_open_pages(); ++h)
+      wanted += is_shared(Pages::open_page(h)) ? 1 : 0;
+    if (wanted <= pool_.free_pages()) return {};
+    return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
+  }
+  bool writes_into_open_pages() const { return open_pages_may_be_shared_ && Pages::slot_of_next().value != 0; }
+
+  // Copy on write: the next token goes into the open pages.
+  void own_open_pages() {
+    if (!open_pages_may_be_shared_) return;
+    for (std::size_t h = 0; h < geometry().kv_heads && writes_into_open_pages(); ++h) {
+      const PageId page = Pages::open_page(h);
+      if (!pool_.is_shared(page)) continue;
+      Pages::renumber_open_page(h, pool_.acquire_copy(pool_, page));
+      pool_.release(page);
+    }
+    open_pages_may_be_shared_ = false;
+  }
+  void release_pages() {
+    Pages::visit_newest_first([&](PageId page) { pool_.release(page); });
   }
 
   HeadRows<const float> key_rows(std::span<const float> flat) const {
@@ -182,19 +286,23 @@ class PagedKvCache : private LayerPages<Policy> {
 
   template <class Row>
   void store_token(HeadRows<const Row> k, HeadRows<const Row> v) {
-    Pages::open_slot(store_->pool);
+    Lender lender{*this};
+    Pages::open_slot(lender);
     const Slot slot = Pages::slot_of_next();
+    PageMemory<Key, Value>& memory = pool_.memory();
     for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
       const PageId page = Pages::open_page(h);
-      store_row(k.row(h), geometry().head_dim, store_->pool.key_row(page, slot));
-      store_row(v.row(h), geometry().head_dim, store_->pool.value_row(page, slot));
-      store_->summaries.add_key(page, store_->pool.key_row(page, slot), slot.value == 0);
+      store_row(k.row(h), geometry().head_dim, memory.rows.key_row(page, slot));
+      store_row(v.row(h), geometry().head_dim, memory.rows.value_row(page, slot));
+      memory.summaries.add_key(page, memory.rows.key_row(page, slot), slot.value == 0);
     }
     Pages::add_token();
   }
 
-  std::unique_ptr<Store> store_;  // where it lies the policy's views read rows, wherever the cache moves
+  Pool pool_;
   std::vector<detail::AttendScratch> scratch_;
+  std::size_t evicted_shared_pages_ = 0;
+  bool open_pages_may_be_shared_ = false;
 };
 
 }  // namespace kvsparse

@@ -34,6 +34,7 @@ class [[nodiscard]] Status {
     prompt_ended,           ///< append_prompt after the first append or end_prompt
     prompt_exceeds_budget,  ///< pinned prompt pages plus one would not fit the budget
     max_tokens_reached,     ///< a policy that keeps everything is full
+    pool_exhausted,         ///< the pool has fewer free pages than the tokens need
     nothing_to_attend,      ///< attend before the first append
     layer_out_of_turn,      ///< a step of a sequence brings its token to every layer once, lowest first
     layer_drifted,          ///< a layer of a sequence holds another number of tokens than the sequence
@@ -74,6 +75,9 @@ class [[nodiscard]] Status {
                " pages must leave one page for decoding; raise budget_tokens, unpin the prompt, or choose "
                "PromptOverflow::grow or unpin_middle";
       case Code::max_tokens_reached: return "token " + value + " would exceed max_tokens = " + limit;
+      case Code::pool_exhausted:
+        return "the tokens need " + value + " pages of the pool, of which " + limit +
+               " are free; clear a sequence or build a larger pool";
       case Code::lists_too_small: return "a page list needs an array of " + value + " elements; it has " + limit;
       case Code::page_read_in_part:
         return "page " + value + " of the " + limit + " to list is read in part, which a page list cannot say";

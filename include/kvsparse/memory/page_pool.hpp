@@ -1,155 +1,140 @@
 // SPDX-License-Identifier: Apache-2.0
-// One arena of pages, allocated once. A page belongs to one kv head and holds the stored rows of its keys, then those
-// of its values; evicting a page gives its memory back here at once.
+// The pages that caches live on: rows, summaries and reference counts, of a size that never changes. One cache has a
+// pool of its own, or all layers and sequences of an engine share one.
 #pragma once
 
-#include <algorithm>
+#include <atomic>
 #include <cstddef>
-#include <cstring>
-#include <new>
+#include <cstdint>
+#include <limits>
+#include <string>
 #include <utility>
-#include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "../config.hpp"
-#include "../core/geometry.hpp"
-#include "../core/stored_row.hpp"
-#include "../core/views.hpp"
+#include "../core/status.hpp"
+#include "page_ledger.hpp"
+#include "page_rows.hpp"
+#include "page_summary.hpp"
 
 namespace kvsparse {
 
-/// Memory aligned to cache lines, or to huge pages when it is large, that is not touched before it is used, so that a
-/// large arena costs address space only.
-template <class T>
-class AlignedArray {
- public:
-  AlignedArray() = default;
-  explicit AlignedArray(std::size_t size)
-      : data_(size == 0 ? nullptr : static_cast<T*>(::operator new(size * sizeof(T), alignment_of(size)))),
-        size_(size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Scattered pages of keys cost a TLB miss each under 4 KiB pages; a refused hint costs nothing.
-    if (is_large(size)) static_cast<void>(madvise(data_, size * sizeof(T), MADV_HUGEPAGE));
-#endif
-  }
-  AlignedArray(AlignedArray&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  AlignedArray& operator=(AlignedArray&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-  ~AlignedArray() {
-    if (data_ != nullptr) ::operator delete(data_, alignment_of(size_));
+/// Rows and summaries of a pool's pages.
+template <StorageScalar Key, StorageScalar Value = Key>
+struct PageMemory {
+  PageMemory(const Geometry& geometry, PageSummary kind, std::size_t pages)
+      : rows(geometry, pages), summaries(geometry, kind, pages) {}
+
+  void copy(const PageMemory& from, PageId page, PageId to) {
+    rows.copy(from.rows, page, to);
+    summaries.copy(from.summaries, page, to);
   }
 
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  static constexpr std::size_t cache_line = 64;
-  static constexpr std::size_t huge_page = std::size_t{2} << 20;
-  static constexpr bool is_large(std::size_t size) { return size * sizeof(T) >= huge_page; }
-  static constexpr std::align_val_t alignment_of(std::size_t size) {
-    return std::align_val_t{is_large(size) ? huge_page : cache_line};
-  }
-
-  T* data_ = nullptr;
-  std::size_t size_ = 0;
+  PageRows<Key, Value> rows;
+  PageSummaries<SummaryScalar<Key>> summaries;
 };
 
+/// A handle: copies of it are the same pool, whose memory goes with the last of them; a cache keeps one.
+///
+/// Thread safety: a pool takes no lock. What takes, gives back or writes pages is exclusive among all caches of a pool:
+/// append, append_prompt, append_draft, truncate, end_prompt, clear, fork, copying and destruction. What reads them may
+/// run at the same time for different caches: attend and its parts, stats, can_append.
 template <StorageScalar Key, StorageScalar Value = Key>
 class PagePool {
  public:
-  /// Allocates `pages` pages. Complexity: O(pages), none of the pages' memory is touched.
-  PagePool(const Geometry& geometry, std::size_t pages)
-      : head_dim_(geometry.head_dim), page_size_(geometry.page_size), storage_(pages * bytes_per_page(geometry)) {
-    free_.reserve(pages);
-    refill(pages);
+  using Memory = PageMemory<Key, Value>;
+
+  /// Of `pages` pages, in whole multiples of the kv heads. The geometry's head_dim and page_size are those of every
+  /// cache; its kv_heads only arranges the summaries. Memory is touched when a page is first used. Throws ConfigError.
+  PagePool(const Geometry& geometry, PageSummary kind, std::size_t pages)
+      : shared_(new Shared(geometry, kind, checked(geometry, pages))) {}
+
+  /// As many pages as fit `bytes`, bookkeeping included. Throws ConfigError if that is less than one for each kv head.
+  static PagePool of_bytes(const Geometry& geometry, PageSummary kind, std::size_t bytes) {
+    const std::size_t each = bytes_per_page(geometry, kind) + PageLedger::bytes_per_page;
+    const std::size_t pages = bytes < sizeof(Shared) ? 0 : (bytes - sizeof(Shared)) / each;
+    check(geometry);
+    if (pages < geometry.kv_heads) {
+      KVSPARSE_THROW(ConfigError("a pool of " + std::to_string(bytes) + " bytes holds no page for each of " +
+                                 std::to_string(geometry.kv_heads) + " kv heads; that takes " +
+                                 std::to_string(bytes_required(geometry, kind, geometry.kv_heads))));
+    }
+    return PagePool(geometry, kind, pages / geometry.kv_heads * geometry.kv_heads);
   }
 
-  PagePool(const PagePool& other)
-      : head_dim_(other.head_dim_), page_size_(other.page_size_), storage_(other.storage_.size()) {
-    free_.reserve(other.free_.capacity());
-    free_ = other.free_;
-    // Copies what was ever handed out; pages beyond have never been written.
-    std::memcpy(storage_.data(), other.storage_.data(), other.touched_ * page_bytes());
-    touched_ = other.touched_;
+  PagePool(const PagePool& other) noexcept : shared_(other.shared_) {
+    if (shared_ != nullptr) shared_->handles.fetch_add(1, std::memory_order_relaxed);
   }
-  PagePool& operator=(const PagePool& other) {
-    PagePool copy(other);
-    return *this = std::move(copy);
+  PagePool(PagePool&& other) noexcept : shared_(std::exchange(other.shared_, nullptr)) {}
+  PagePool& operator=(PagePool other) noexcept {
+    std::swap(shared_, other.shared_);
+    return *this;
   }
-  PagePool(PagePool&&) noexcept = default;
-  PagePool& operator=(PagePool&&) noexcept = default;
-
-  static std::size_t bytes_required(const Geometry& geometry, std::size_t pages) {
-    return pages * (bytes_per_page(geometry) + sizeof(PageId));
-  }
-  static std::size_t bytes_per_page(const Geometry& geometry) {
-    return geometry.page_size * (row_bytes<Key>(geometry.head_dim) + row_bytes<Value>(geometry.head_dim));
+  ~PagePool() {
+    if (shared_ != nullptr && shared_->handles.fetch_sub(1, std::memory_order_acq_rel) == 1) delete shared_;
   }
 
-  std::size_t page_count() const { return storage_.size() / page_bytes(); }
-  std::size_t free_pages() const { return free_.size(); }
-
-  /// Hands out the page given back last, or the lowest never used: positions that arrive together lie together.
-  PageId acquire() {
-    KVSPARSE_ASSERT(!free_.empty());
-    const PageId page = free_.back();
-    free_.pop_back();
-    touched_ = std::max(touched_, std::size_t{page.value} + 1);
-    return page;
+  /// Bytes that construction allocates.
+  static std::size_t bytes_required(const Geometry& geometry, PageSummary kind, std::size_t pages) {
+    return sizeof(Shared) + pages * (bytes_per_page(geometry, kind) + PageLedger::bytes_per_page);
   }
-  void release(PageId page) {
-    KVSPARSE_ASSERT(free_.size() < page_count());
-    free_.push_back(page);
+  /// Keys, values and summary of one page.
+  static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
+    return PageRows<Key, Value>::bytes_per_page(geometry) +
+           PageSummaries<SummaryScalar<Key>>::bytes_per_page(geometry, kind);
   }
-  /// Takes every page back.
-  void clear() { refill(page_count()); }
+  std::size_t bytes_per_page() const { return shared_->bytes_per_page; }
 
-  Key* key_row(PageId page, Slot slot) { return keys(page) + slot.value * stored_row_size<Key>(head_dim_); }
-  Value* value_row(PageId page, Slot slot) { return values(page) + slot.value * stored_row_size<Value>(head_dim_); }
-  const Key* key_row(PageId page, Slot slot) const { return const_cast<PagePool*>(this)->key_row(page, slot); }
-  const Value* value_row(PageId page, Slot slot) const { return const_cast<PagePool*>(this)->value_row(page, slot); }
+  std::size_t head_dim() const { return memory().rows.head_dim(); }
+  std::size_t page_size() const { return memory().rows.page_size(); }
+  PageSummary summary() const { return memory().summaries.kind(); }
+  std::size_t page_count() const { return shared_->ledger.page_count(); }
+  std::size_t free_pages() const { return shared_->ledger.free_pages(); }
+  std::size_t shared_pages() const { return shared_->ledger.shared_pages(); }
+  std::uint32_t references(PageId page) const { return shared_->ledger.references(page); }
+  bool is_shared(PageId page) const { return shared_->ledger.is_shared(page); }
 
-  PagedKv<Key, Value> view() const {
-    auto* self = const_cast<PagePool*>(this);
-    return {self->keys({0}),
-            self->values({0}),
-            page_bytes() / sizeof(Key),
-            page_bytes() / sizeof(Value),
-            stored_row_size<Key>(head_dim_),
-            stored_row_size<Value>(head_dim_),
-            head_dim_};
+  PageId acquire() { return shared_->ledger.acquire(); }
+  void retain(PageId page) { shared_->ledger.retain(page); }
+  void release(PageId page) { shared_->ledger.release(page); }
+  /// A new page with the rows and the summary of another one, of this pool or of one like it.
+  PageId acquire_copy(const PagePool& from, PageId page) {
+    const PageId copy = acquire();
+    memory().copy(from.memory(), page, copy);
+    return copy;
   }
+
+  Memory& memory() { return shared_->memory; }
+  const Memory& memory() const { return shared_->memory; }
+
+  friend bool operator==(const PagePool& a, const PagePool& b) { return a.shared_ == b.shared_; }
 
  private:
-  // Rows are whole multiples of 8 bytes, so that either type's strides within a page are whole.
-  template <class Scalar>
-  static std::size_t row_bytes(std::size_t head_dim) {
-    return stored_row_size<Scalar>(head_dim) * sizeof(Scalar);
+  struct Shared {
+    Shared(const Geometry& geometry, PageSummary kind, std::size_t pages)
+        : memory(geometry, kind, pages), ledger(pages), bytes_per_page(PagePool::bytes_per_page(geometry, kind)) {}
+    Memory memory;
+    PageLedger ledger;
+    std::size_t bytes_per_page;
+    std::atomic<std::size_t> handles{1};
+  };
+
+  static void check(const Geometry& geometry) {
+    if (geometry.head_dim == 0 || geometry.page_size == 0 || geometry.kv_heads == 0) {
+      KVSPARSE_THROW(ConfigError("a pool's head_dim, page_size and kv_heads must be at least 1"));
+    }
   }
-  std::size_t page_bytes() const { return page_size_ * (row_bytes<Key>(head_dim_) + row_bytes<Value>(head_dim_)); }
-  Key* keys(PageId page) { return reinterpret_cast<Key*>(storage_.data() + page.value * page_bytes()); }
-  Value* values(PageId page) {
-    return reinterpret_cast<Value*>(storage_.data() + page.value * page_bytes() +
-                                    page_size_ * row_bytes<Key>(head_dim_));
-  }
-  void refill(std::size_t pages) {
-    free_.clear();
-    for (std::size_t page = pages; page > 0; --page) free_.push_back({static_cast<std::uint32_t>(page - 1)});
+  static std::size_t checked(const Geometry& geometry, std::size_t pages) {
+    check(geometry);
+    if (pages > std::numeric_limits<std::uint32_t>::max() / 2) {
+      KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages exceed the limit of 2^31"));
+    }
+    if (pages == 0 || pages % geometry.kv_heads != 0) {
+      KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages are not a multiple of " +
+                                 std::to_string(geometry.kv_heads) + " kv heads"));
+    }
+    return pages;
   }
 
-  std::size_t head_dim_;
-  std::size_t page_size_;
-  AlignedArray<std::byte> storage_;
-  std::vector<PageId> free_;
-  std::size_t touched_ = 0;
+  Shared* shared_;
 };
 
 }  // namespace kvsparse

@@ -9,7 +9,11 @@
 #include <cstring>
 #include <type_traits>
 
-#include "page_pool.hpp"
+#include "../config.hpp"
+#include "../core/geometry.hpp"
+#include "../core/ids.hpp"
+#include "../core/stored_row.hpp"
+#include "aligned_array.hpp"
 
 namespace kvsparse {
 
@@ -22,8 +26,9 @@ using SummaryScalar = std::conditional_t<has_scale<Key>, Half, Key>;
 /// Summaries of every page of a pool: min_max as two rows of Scalar a page, mean as a running sum of floats.
 ///
 /// A selector reads the summaries of one kv head after another, so they lie head-major, although page ids do not: heads
-/// open their pages in turn, and so head h gets the ids h, kv_heads + h, 2 kv_heads + h, ... until the first eviction.
-/// The place of a summary is that permutation of its page's id; afterwards it is still one place for each id.
+/// open their pages in turn, and so head h gets the ids h, kv_heads + h, 2 kv_heads + h, ... until the first eviction,
+/// in a pool of one cache as in one of many. The place of a summary is that permutation of its page's id; afterwards it
+/// is still one place for each id.
 template <StorageScalar Scalar>
 class PageSummaries {
  public:
@@ -37,25 +42,6 @@ class PageSummaries {
         sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {
     KVSPARSE_ASSERT(pages % geometry.kv_heads == 0);
   }
-
-  PageSummaries(const PageSummaries& other)
-      : kind_(other.kind_),
-        row_stride_(other.row_stride_),
-        kv_heads_(other.kv_heads_),
-        pages_per_head_(other.pages_per_head_),
-        bounds_(other.bounds_.size()),
-        sums_(other.sums_.size()) {
-    if (bounds_.size() != 0) {
-      std::memcpy(static_cast<void*>(bounds_.data()), other.bounds_.data(), bounds_.size() * sizeof(Scalar));
-    }
-    if (sums_.size() != 0) std::memcpy(sums_.data(), other.sums_.data(), sums_.size() * sizeof(float));
-  }
-  PageSummaries& operator=(const PageSummaries& other) {
-    PageSummaries copy(other);
-    return *this = static_cast<PageSummaries&&>(copy);
-  }
-  PageSummaries(PageSummaries&&) noexcept = default;
-  PageSummaries& operator=(PageSummaries&&) noexcept = default;
 
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
     switch (kind) {
@@ -74,6 +60,17 @@ class PageSummaries {
   const Scalar* max(PageId page) const { return min(page) + row_stride_; }
   /// [row_stride()] sum of the page's keys.
   const float* sum(PageId page) const { return sums_.data() + place(page) * row_stride_; }
+
+  /// Copies a page's summary from summaries of the same geometry and kind, these or others.
+  void copy(const PageSummaries& from, PageId page, PageId to) {
+    if (kind_ == PageSummary::min_max) {
+      std::memcpy(static_cast<void*>(bounds_.data() + place(to) * 2 * row_stride_), from.min(page),
+                  2 * row_stride_ * sizeof(Scalar));
+    }
+    if (kind_ == PageSummary::mean) {
+      std::memcpy(sums_.data() + place(to) * row_stride_, from.sum(page), row_stride_ * sizeof(float));
+    }
+  }
 
   /// Takes in a key as stored. What Scalar cannot hold exactly is rounded outwards, so that the bound stays one. The
   /// first key of a page starts its summary anew. O(head_dim).

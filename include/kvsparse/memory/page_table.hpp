@@ -51,6 +51,8 @@ class PageTable {
     ++pages_.back().tokens;
     ++resident_tokens_;
   }
+  /// The entry's rows lie in another page of the pool from now on.
+  void move_to(PageIndex index, PageId page) { pages_[index.value].page = page; }
   void unpin(PageIndex index) {
     KVSPARSE_ASSERT(pages_[index.value].pinned);
     pages_[index.value].pinned = false;

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a cache needs of a pool, and how a policy's views reach its rows without knowing the storage type.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <string>
+
+#include "../memory/page_bounds.hpp"
+#include "../memory/page_pool.hpp"
+#include "../policy/head_view.hpp"
+
+namespace kvsparse::detail {
+
+/// Functions whose first argument is a PageMemory<Key, Value>.
+template <StorageScalar Key, StorageScalar Value>
+RowAccess row_access() {
+  using Memory = PageMemory<Key, Value>;
+  RowAccess access;
+  access.load_key = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
+    load_row(static_cast<const Memory*>(memory)->rows.key_row(page, slot), row);
+  };
+  access.load_value = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
+    load_row(static_cast<const Memory*>(memory)->rows.value_row(page, slot), row);
+  };
+  access.load_bounds = [](const void* memory, PageId page, std::span<float> lowest, std::span<float> highest) {
+    load_row(static_cast<const Memory*>(memory)->summaries.min(page), lowest);
+    load_row(static_cast<const Memory*>(memory)->summaries.max(page), highest);
+  };
+  access.load_key_sum = [](const void* memory, PageId page, std::span<float> sum) {
+    std::copy_n(static_cast<const Memory*>(memory)->summaries.sum(page), sum.size(), sum.begin());
+  };
+  access.upper_bounds = [](const void* memory, std::span<const ResidentPage> pages, const QueryGroup& queries,
+                           BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) {
+    page_upper_bounds(static_cast<const Memory*>(memory)->summaries, pages, queries, pooling, padded_queries, bounds);
+  };
+  return access;
+}
+
+/// Throws ConfigError with a sentence that names the value and the limit.
+template <StorageScalar Key, StorageScalar Value>
+void check_pool_fits(const Geometry& geometry, const std::string& policy, PageSummary needed,
+                     const PagePool<Key, Value>& pool) {
+  const auto refuse_size = [](const char* name, std::size_t of_pool, std::size_t of_cache) {
+    if (of_pool == of_cache) return;
+    KVSPARSE_THROW(ConfigError("the pool's " + std::string(name) + " is " + std::to_string(of_pool) +
+                               "; this cache needs " + std::to_string(of_cache)));
+  };
+  refuse_size("head_dim", pool.head_dim(), geometry.head_dim);
+  refuse_size("page_size", pool.page_size(), geometry.page_size);
+  constexpr const char* names[] = {"no", "min_max", "mean"};
+  if (needed != PageSummary::none && pool.summary() != needed) {
+    KVSPARSE_THROW(ConfigError("the pool keeps " + std::string(names[static_cast<int>(pool.summary())]) +
+                               " page summaries; policy " + policy + " needs " + names[static_cast<int>(needed)]));
+  }
+}
+
+}  // namespace kvsparse::detail
