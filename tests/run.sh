@@ -20,7 +20,7 @@ case "${1:-}" in
 esac
 
 packages=(build-essential g++ clang cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
-  libcli11-dev libicu-dev python3 python3-numpy python3-regex)
+  libcli11-dev libicu-dev libopenmpi-dev openmpi-bin python3 python3-numpy python3-regex)
 
 . examples/common/debian_packages.sh
 

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <kvsparse/cache/any_cache.hpp>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../common/policy_settings.hpp"
@@ -58,6 +60,11 @@ class CacheRefusal : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// Attention of one token that is not in the decoder's own caches: q, out [query_heads, head_dim] and k, v [kv_heads,
+/// head_dim], q and k after RoPE. Layers come in order.
+using LayerAttention = std::function<void(std::size_t layer, bool is_prompt, std::span<const float> q,
+                                          std::span<const float> k, std::span<const float> v, std::span<float> out)>;
+
 class Decoder {
  public:
   static constexpr std::size_t largest_chunk = 64;  // tokens; bounds the scratch
@@ -99,6 +106,9 @@ class Decoder {
       }
     }
   }
+
+  /// A decoder without caches, which reads one token at a time and leaves the attention to `attention`.
+  Decoder(const Model& model, LayerAttention attention) : model_(model), attention_(std::move(attention)) { resize(1); }
 
   void observe(LayerObserver* observer) { observers_.push_back(observer); }
 
@@ -174,7 +184,7 @@ class Decoder {
       hidden_.col(index(i)) = model_.embedding(tokens[i]);
       set_angles(index(i), position_ + i);
     }
-    for (std::size_t layer = 0; layer < caches_.size(); ++layer) {
+    for (std::size_t layer = 0; layer < model_.layers().size(); ++layer) {
       const LayerWeights& weights = model_.layers()[layer];
       attention(weights, layer, is_prompt);
       mlp(weights);
@@ -191,8 +201,13 @@ class Decoder {
       rotate(query_.col(i), i);
       rotate(key_.col(i), i);
     }
-    cached_attention(caches_[layer], is_prompt);
-    notify(layer, is_prompt);
+    if (attention_) {
+      attention_(layer, is_prompt, values(query_), values(key_), values(value_),
+                 {attended_.data(), static_cast<std::size_t>(attended_.size())});
+    } else {
+      cached_attention(caches_[layer], is_prompt);
+      notify(layer, is_prompt);
+    }
     weights.output.apply(attended_, update_);
     hidden_ += update_;
   }
@@ -267,6 +282,7 @@ class Decoder {
 
   const Model& model_;
   std::vector<kvsparse::AnyCache> caches_;
+  LayerAttention attention_;  // instead of them, if there is one
   kvsparse::ExecutorRef executor_{serial_};
   std::vector<LayerObserver*> observers_;
   std::chrono::duration<double> time_in_observers_{0.0};
