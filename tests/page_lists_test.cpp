@@ -354,6 +354,34 @@ TEST(PageLists, WhatAListCannotSayIsRefused) {
   EXPECT_TRUE(list_selection(oldest, q, arrays.csr).ok());
 }
 
+TEST(PageLists, WhereDistancesMatterAListWithAGapIsRefused) {
+  const CacheConfig config = small_config(4);
+  Arrays arrays;
+  CacheConfig alibi = config;
+  alibi.logits.alibi_slopes.assign(config.query_heads, 0.25F);
+  CacheConfig window = config;
+  window.logits.window = 10;
+  for (const CacheConfig& positional : {alibi, window}) {
+    EXPECT_TRUE(list_resident(filled<StreamingLlm>(positional, 32), arrays.csr).ok());
+    EXPECT_EQ(list_resident(filled<StreamingLlm>(positional, 33), arrays.csr).code(), Code::list_has_gap);
+    EXPECT_TRUE(list_resident(filled<Dense>(positional, 33), arrays.csr).ok());
+  }
+  EXPECT_TRUE(list_read(filled<Dense>(window, 10), arrays.csr).ok());
+  EXPECT_EQ(list_read(filled<Dense>(window, 33), arrays.csr).code(), Code::list_has_gap)
+      << "the old pages are not read";
+  CacheConfig soft = config;
+  soft.logits.soft_cap = 5.0F;
+  EXPECT_TRUE(list_resident(filled<StreamingLlm>(soft, 33), arrays.csr).ok()) << "a cap knows no positions";
+
+  CacheConfig rotary = config;
+  rotary.rope.theta = 10000.0;
+  StreamingLlm in_cache;
+  in_cache.options.in_cache_positions = true;
+  EXPECT_TRUE(list_resident(filled<StreamingLlm>(rotary, 32, in_cache), arrays.csr).ok()) << "nothing is evicted yet";
+  EXPECT_EQ(list_resident(filled<StreamingLlm>(rotary, 33, in_cache), arrays.csr).code(), Code::query_rotated);
+  EXPECT_EQ(list_read(filled<StreamingLlm>(rotary, 33, in_cache), arrays.csr).code(), Code::query_rotated);
+}
+
 TEST(PageLists, TheOpenPageComesLastWhateverTheOrderOfReading) {
   const CacheConfig config = small_config(4);
   const PagedKvCache<OpenFirst> cache = filled<OpenFirst>(config, 14);

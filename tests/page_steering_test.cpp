@@ -285,6 +285,9 @@ TEST(PageSteering, APolicyThatNeedsWhatTheEngineDoesNotGiveIsRefusedByName) {
   EXPECT_NE(refusal<SelectsAgain>().find("selects again"), std::string::npos);
   EXPECT_NE(refusal<WantsMeans>().find("load_key_sum"), std::string::npos);
   EXPECT_EQ(refusal<Kindred>({}, engine_rows()), "");
+  StreamingLlm in_cache;
+  in_cache.options.in_cache_positions = true;
+  EXPECT_NE(refusal(in_cache).find("counts positions in the cache"), std::string::npos);
   EXPECT_EQ(refusal<Raas>(), "");
 }
 

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <span>
 
+#include "../core/logit_options.hpp"
 #include "../core/shape_check.hpp"
 #include "../core/status.hpp"
 #include "../core/views.hpp"
@@ -121,6 +122,26 @@ std::size_t selection_rows(const Layer& layer) {
 }
 
 namespace detail {
+
+/// ALiBi and sliding windows are about positions, and a kernel of page lists has them from the list.
+template <class Layer>
+PageListOptions options_for(const Layer& layer, PageListOptions options) {
+  const LogitOptions& logits = layer.config().logits;
+  options.kernel_counts_positions |= logits.window != 0 || !logits.alibi_slopes.empty();
+  return options;
+}
+
+/// What is held can be listed unless the policy counts positions in the cache: its pages meet rotated queries as soon
+/// as something was evicted.
+template <class Layer>
+Status check_resident(const Layer& layer) {
+  if (!traits::in_cache_positions(layer.policy())) return {};
+  for (std::size_t h = 0; h < layer.geometry().kv_heads; ++h) {
+    const bool evicted = Position{0} + layer.resident_tokens(h) != layer.next_position();
+    if (evicted) return {Status::Code::query_rotated, 0, layer.table(h).size()};
+  }
+  return {};
+}
 
 /// The pages of one row: those of `table` that `reads` names, or all of them.
 struct ListedPages {
@@ -250,7 +271,7 @@ Status add_selection(Layer& layer, HeadRows<const float> q, const PageListOption
     if (first % geometry.group() == 0) layer.begin_query(h, layer.next_position());
     const QueryGroup group{q.row(first), queries, geometry.head_dim, q.head_stride, layer.softmax_scale()};
     const ListedPages pages{layer.table(h), layer.select(h, group), false};
-    if (const Status status = add_row(pages, geometry, options, lists); !status) {
+    if (const Status status = add_row(pages, geometry, options_for(layer, options), lists); !status) {
       lists.keep_rows(before);
       return status;
     }
@@ -268,7 +289,8 @@ Status add_selection(Layer& layer, HeadRows<const float> q, const PageListOption
 /// What each kv head holds: a row for each.
 template <class Layer, class Lists>
 Status list_resident(const Layer& layer, Lists& lists, const PageListOptions& options = {}) noexcept {
-  return detail::add_heads(layer.geometry(), options, lists, [&](std::size_t h) {
+  if (const Status status = detail::check_resident(layer); !status) return status;
+  return detail::add_heads(layer.geometry(), detail::options_for(layer, options), lists, [&](std::size_t h) {
     return detail::ListedPages{layer.table(h), {}, true};
   });
 }
@@ -277,7 +299,8 @@ Status list_resident(const Layer& layer, Lists& lists, const PageListOptions& op
 /// engine whose pages hold all kv heads (PagedKvCache has pages of its own for each head).
 template <class Layer, class Lists>
 Status list_resident_shared(const Layer& layer, Lists& lists, const PageListOptions& options = {}) noexcept {
-  return detail::add_shared(layer.geometry(), options, lists, [&](std::size_t h) {
+  if (const Status status = detail::check_resident(layer); !status) return status;
+  return detail::add_shared(layer.geometry(), detail::options_for(layer, options), lists, [&](std::size_t h) {
     return detail::ListedPages{layer.table(h), {}, true};
   });
 }
@@ -289,7 +312,7 @@ Status list_read(const Layer& layer, Lists& lists, const PageListOptions& option
   for (std::size_t h = 0; h < layer.geometry().kv_heads; ++h) {
     if (const Status status = layer.check_latest_reads(h); !status) return status;
   }
-  return detail::add_heads(layer.geometry(), options, lists, [&](std::size_t h) {
+  return detail::add_heads(layer.geometry(), detail::options_for(layer, options), lists, [&](std::size_t h) {
     return detail::ListedPages{layer.table(h), layer.latest_reads(h), false};
   });
 }

@@ -38,6 +38,10 @@ const Policy& check_steerable(const Policy& policy, const RowAccess& rows) {
   }
   if (RepeatedSelector<Policy>) refuse(subject + " selects again while the kernel runs, which page lists cannot say");
   if (ResidualProvider<Policy>) refuse(subject + " adds to the kernel's sums, which an engine's kernel cannot do");
+  if (traits::in_cache_positions(policy)) {
+    refuse(subject +
+           " counts positions in the cache, which takes a query rotated for each page; page lists cannot say it");
+  }
   if (traits::reads_rows<Policy>() && (rows.load_key == nullptr || rows.load_value == nullptr)) {
     refuse(subject + " looks at stored keys or values; it needs RowAccess::load_key and load_value");
   }
