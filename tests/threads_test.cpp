@@ -457,7 +457,7 @@ void expect_the_same_bits(const Shape& shape, std::size_t resident, std::size_t 
   config.budget_tokens = resident;
   config.read_budget_tokens = read;
   config.max_tokens = shape.tokens;
-  config.rope.theta = 10000.0;
+  if (shape.head_dim > 1) config.rope = {.theta = 10000.0, .rotary_dims = shape.head_dim - shape.head_dim % 2};
   const Decode<Policy, Scalar> decode(config, policy, shape.tokens);
   constexpr std::size_t attended = 5;  // of all the shapes below, one of them opens a page
   const Trail alone = decode.run(attended);
