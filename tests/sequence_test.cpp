@@ -326,6 +326,89 @@ TEST(SequenceTable, KnowsItsSequencesById) {
   EXPECT_EQ(table.size(), 0U);
 }
 
+/// Whether a head of this layer must open a page without giving one up, written down once more.
+std::size_t pages_wanted(const SequenceCache<PagedKvCache<Raas>>& sequence, const std::vector<CacheConfig>& configs) {
+  const auto length = static_cast<std::size_t>(sequence.next_position().value);
+  std::size_t pages = 0;
+  for (const CacheConfig& config : configs) pages += length % 4 == 0 && length < config.budget_tokens ? 2 : 0;
+  return pages;
+}
+
+TEST(SequenceTable, ABatchIsAdmittedWhenThePoolHasItsPages) {
+  using Cache = PagedKvCache<Raas>;
+  const std::vector<CacheConfig> configs = three_layers();
+  PagePool<float> pool(configs[0].geometry(), PageSummary::none, 100);  // a full sequence holds 3 + 5 + 7 pages a head
+  SequenceTable<Cache> table;
+  TestRng rng(11);
+  const Rows rows = rows_of(0);
+  std::size_t admitted = 0, denied = 0;
+  for (std::uint64_t next_id = 0, round = 0; round < 400; ++round) {
+    if (table.size() < 6) table.add({next_id++}, SequenceCache<Cache>(configs, pool, Raas{}));
+    std::vector<SequenceId> batch;
+    std::size_t wanted = 0;
+    for (const SequenceId id : table.ids()) {
+      if (rng.below(4) == 0) continue;
+      batch.push_back(id);
+      wanted += pages_wanted(table.at(id), configs);
+    }
+    ASSERT_EQ(table.can_append(batch, 1), wanted <= pool.free_pages()) << "round " << round;
+    if (wanted > pool.free_pages()) {
+      ++denied;
+      ASSERT_TRUE(table.remove(batch.front()));
+      continue;
+    }
+    ++admitted;
+    for (const SequenceId id : batch) {
+      for (std::size_t l = 0; l < 3; ++l) ASSERT_TRUE(table.at(id).append(l, rows.token_k(0), rows.token_v(0)).ok());
+    }
+  }
+  EXPECT_GT(admitted, 100U);
+  EXPECT_GT(denied, 10U);
+  const std::size_t held = pool.page_count() - pool.free_pages();
+  std::size_t reclaimable = 0;
+  for (const SequenceId id : table.ids()) reclaimable += table.at(id).bytes_reclaimable();
+  EXPECT_EQ(reclaimable, held * pool.bytes_per_page());
+  table.clear();
+  EXPECT_EQ(pool.free_pages(), pool.page_count());
+}
+
+TEST(SequenceTable, AForkGoesOnByItself) {
+  using Cache = PagedKvCache<Raas>;
+  const std::vector<CacheConfig> configs = three_layers();
+  PagePool<float> pool(configs[0].geometry(), PageSummary::none, 100);
+  SequenceTable<Cache> table;
+  table.add({1}, SequenceCache<Cache>(configs, pool, Raas{}));
+  SequenceCache<Cache> alone(configs, Raas{});
+  const auto step = [](SequenceCache<Cache>& sequence, std::size_t t, std::size_t seed) {
+    const Rows rows = rows_of(seed);
+    std::vector<float> outputs, out(24);
+    for (std::size_t l = 0; l < 3; ++l) {
+      EXPECT_TRUE((t < 6 ? sequence.append_prompt(l, rows.token_k(t), rows.token_v(t))
+                         : sequence.append(l, rows.token_k(t), rows.token_v(t)))
+                      .ok());
+      EXPECT_TRUE(sequence.attend(l, rows.token_q(t), std::span<float>(out)).ok());
+      outputs.insert(outputs.end(), out.begin(), out.end());
+    }
+    return outputs;
+  };
+  for (std::size_t t = 0; t < 10; ++t) {
+    step(table.at({1}), t, 0);
+    step(alone, t, 0);
+  }
+  const std::size_t before = pool.free_pages();
+  table.fork({1}, {2});
+  EXPECT_EQ(pool.free_pages(), before);  // no page is copied before somebody writes
+  EXPECT_EQ(table.at({1}).bytes_reclaimable(), 0U);
+  EXPECT_EQ(table.at({1}).stats().shared_bytes, 3 * 2 * 3 * pool.bytes_per_page());
+  SequenceCache<Cache> other = alone;
+  for (std::size_t t = 10; t < 50; ++t) {
+    ASSERT_EQ(step(table.at({1}), t, 0), step(alone, t, 0));
+    ASSERT_EQ(step(table.at({2}), t, 4), step(other, t, 4));
+  }
+  EXPECT_EQ(refusal([&] { table.fork({1}, {2}); }), "sequence 2 is already there");
+  EXPECT_EQ(refusal([&] { table.fork({7}, {3}); }), "there is no sequence 7 among the 2");
+}
+
 // --- schedules ---
 
 TEST(LayerSchedule, TheFirstLayersStayDense) {

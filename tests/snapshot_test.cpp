@@ -395,7 +395,7 @@ class Crafted {
 
 // Where things lie in the state of a layer without layer state, as layer_image.hpp writes it.
 constexpr std::size_t length_at = 0, prompt_ended_at = 8, prompt_tokens_at = 9, peak_tokens_at = 17, peak_pages_at = 25,
-                      head_at = 33;
+                      head_at = 41;
 
 /// Offsets in a head of Raas: 16 bytes of head state, then the pages, 16 bytes of state each.
 struct HeadOfRaas {
@@ -569,6 +569,61 @@ TEST(SequenceSnapshot, LayersMustBeEquallyFar) {
   EXPECT_EQ(refusal(sequence, mixed), "layer 1 has 5 tokens, 2 of them prompt, and layer 0 has 6 and 2");
   EXPECT_EQ(sequence.next_position(), Position{0});
   EXPECT_EQ(sequence.layer(0).next_position(), Position{0});
+}
+
+TEST(SequenceSnapshot, ThePoolMustHaveThePagesOfAllLayers) {
+  std::vector<CacheConfig> configs(3, small_config());
+  for (std::size_t l = 0; l < 3; ++l) configs[l].layer = l;
+  using Shared = SequenceCache<PagedKvCache<Raas>>;
+  const auto fill = [&](Shared& sequence, std::size_t tokens) {
+    const Rows rows(tokens, small_config(), 5);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      for (std::size_t l = 0; l < 3; ++l) ASSERT_TRUE(sequence.append(l, rows.token_k(t), rows.token_v(t)).ok());
+    }
+  };
+  PagePool<float> pool(configs[0].geometry(), PageSummary::none, 24 + 6);
+  Shared full(configs, pool, Raas{});
+  fill(full, 40);  // 4 pages of 2 heads in 3 layers
+  const std::string good = saved(full);
+  Shared other(configs, pool, Raas{});
+  fill(other, 3);  // a page for each head: the rest
+  EXPECT_EQ(pool.free_pages(), 0U);
+  const std::string before = saved(other);
+  EXPECT_EQ(refusal(other, good), "the snapshot holds 24 pages; the pool has 6 for them");
+  EXPECT_TRUE(saved(other) == before);
+  EXPECT_EQ(pool.free_pages(), 0U);
+
+  std::istringstream again(good);
+  load(full, again);  // its own pages make room, all layers' together
+  EXPECT_TRUE(saved(full) == good);
+  full.layer(2).clear();
+  EXPECT_EQ(refusal(other, good), "the snapshot holds 24 pages; the pool has 14 for them");
+  full.clear();
+  std::istringstream in(good);
+  load(other, in);
+  EXPECT_TRUE(saved(other) == good);
+  EXPECT_EQ(pool.free_pages(), 6U);
+}
+
+TEST(Snapshot, OfAForkHoldsItsSharedPagesAndTakesPagesOfItsOwn) {
+  CacheConfig config = small_config();
+  const Rows rows(60, config, 1);
+  PagePool<float> pool(config.geometry(), PageSummary::none, 40);
+  PagedKvCache<Raas> parent(config, pool);
+  decode(parent, rows, 0, 14, 5);
+  PagedKvCache<Raas> child = parent.fork();
+  decode(child, rows, 14, 30, 5);  // gives up a page that the parent still holds
+  EXPECT_GT(child.stats().evicted_shared_pages, 0U);
+  PagedKvCache<Raas> loaded = parent.fork();
+  std::istringstream in(saved(child));
+  load(loaded, in);
+  EXPECT_EQ(loaded.stats().evicted_shared_pages, child.stats().evicted_shared_pages);
+  EXPECT_EQ(loaded.stats().shared_bytes, 0U);
+  const std::string of_parent = saved(parent);
+  EXPECT_EQ(decode(loaded, rows, 30, 60, 5), decode(child, rows, 30, 60, 5));
+  for (const std::size_t head : {0U, 1U}) EXPECT_EQ(loaded.resident_positions(head), child.resident_positions(head));
+  EXPECT_GE(child.stats().evicted_shared_pages, loaded.stats().evicted_shared_pages);  // the child alone still shares
+  EXPECT_TRUE(saved(parent) == of_parent);
 }
 
 TEST(SequenceSnapshot, IsSavedBetweenSteps) {

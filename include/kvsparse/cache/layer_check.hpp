@@ -86,7 +86,7 @@ inline bool same_pages(const StagedHead& a, const StagedHead& b) {
       [](const StagedPage& x, const StagedPage& y) { return x.page.first_position == y.page.first_position; });
 }
 
-/// What adopt_state would make of these bytes. Throws SnapshotError when the cache could not have got into that state.
+/// What adopt_states would make of these bytes. Throws SnapshotError when the cache could not have got into that state.
 inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byte> bytes) {
   const Geometry& geometry = layer.geometry;
   ByteReader in(bytes);
@@ -118,6 +118,7 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
   }
   state.peak_resident_tokens = in.number<std::uint64_t>();
   state.peak_resident_pages = in.number<std::uint64_t>();
+  state.evicted_shared_pages = in.number<std::uint64_t>();
   state.layer_state = in.take(layer.layer_state.size);
 
   std::size_t pages = 0;
@@ -138,15 +139,6 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
     tokens = std::max(tokens, of_head);
     pages += head.pages.size();
   }
-  std::size_t available = layer.pages.free_pages(layer.pages.store);
-  for (const HeadImage& image : layer.heads) {
-    for (std::uint32_t i = 0; i < image.table->size(); ++i) {
-      available += layer.pages.is_shared(layer.pages.store, (*image.table)[{i}].page) ? 0 : 1;
-    }
-  }
-  if (pages > available) {
-    refuse_snapshot("it holds " + fact_text(pages) + " pages, but the pool has " + fact_text(available) + " for it");
-  }
   if (in.left() != 0) refuse_snapshot(fact_text(in.left()) + " bytes are left after the last page");
   if (state.peak_resident_tokens < tokens || state.peak_resident_tokens > layer.page_capacity * geometry.page_size ||
       state.peak_resident_pages < pages || state.peak_resident_pages > layer.page_capacity * geometry.kv_heads) {
@@ -155,6 +147,30 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
                     " tokens and " + fact_text(pages) + " pages that are resident");
   }
   return state;
+}
+
+/// Whether the pools have the pages of all these layers, once what the layers hold now is given back.
+inline void check_room(std::span<const LayerImage> layers, std::span<const StagedLayer> states) {
+  for (std::size_t first = 0; first < layers.size(); ++first) {
+    const PagesImage& pool = layers[first].pages;
+    const auto is_of_pool = [&](const LayerImage& layer) { return layer.pages.pool == pool.pool; };
+    if (std::any_of(layers.begin(), layers.begin() + static_cast<std::ptrdiff_t>(first), is_of_pool)) continue;
+    std::size_t wanted = 0;
+    std::size_t available = pool.free_pages(pool.store);
+    for (std::size_t l = first; l < layers.size(); ++l) {
+      if (!is_of_pool(layers[l])) continue;
+      for (const StagedHead& head : states[l].heads) wanted += head.pages.size();
+      for (const HeadImage& head : layers[l].heads) {
+        for (std::uint32_t i = 0; i < head.table->size(); ++i) {
+          available += pool.is_shared(pool.store, (*head.table)[{i}].page) ? 0 : 1;
+        }
+      }
+    }
+    if (wanted > available) {
+      refuse_snapshot("the snapshot holds " + fact_text(wanted) + " pages; the pool has " + fact_text(available) +
+                      " for them");
+    }
+  }
 }
 
 }  // namespace kvsparse::detail

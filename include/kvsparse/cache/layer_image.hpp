@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A cache laid open for a snapshot: where everything lies that later steps depend on, and the rules it must obey. The
 // state is written from here, and read back in two steps: check_state (layer_check.hpp), which may refuse and changes
-// nothing, and adopt_state, which cannot fail. No templates: compiled once, whatever the policies and storage types.
+// nothing, and adopt_states, which cannot fail. No templates: compiled once, whatever the policies and storage types.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +22,7 @@ namespace kvsparse::detail {
 /// A pool's pages, whatever their storage type.
 struct PagesImage {
   void* store = nullptr;
+  const void* pool = nullptr;  // the same for all caches of a pool
   std::size_t key_row_bytes = 0;
   std::size_t value_row_bytes = 0;
   std::byte* (*keys)(void* store, PageId page) = nullptr;    // [page_size * key_row_bytes]
@@ -78,6 +79,7 @@ struct LayerImage {
   std::size_t* running_page_budget = nullptr;  // more than page_budget after a long prompt
   std::size_t* peak_resident_tokens = nullptr;
   std::size_t* peak_resident_pages = nullptr;
+  std::size_t* evicted_shared_pages = nullptr;
   StatesImage layer_state;
   std::vector<HeadImage> heads;
   PagesImage pages;
@@ -117,6 +119,7 @@ struct StagedLayer {
   std::size_t page_budget = 0;
   std::size_t peak_resident_tokens = 0;
   std::size_t peak_resident_pages = 0;
+  std::size_t evicted_shared_pages = 0;
   std::span<const std::byte> layer_state;
   std::vector<StagedHead> heads;
 };
@@ -137,6 +140,7 @@ inline void write_state(const LayerImage& layer, ByteWriter& out) {
   out.put(std::uint64_t{*layer.prompt_tokens});
   out.put(std::uint64_t{*layer.peak_resident_tokens});
   out.put(std::uint64_t{*layer.peak_resident_pages});
+  out.put(std::uint64_t{*layer.evicted_shared_pages});
   std::vector<std::byte> copy;
   write_state(layer.layer_state, 0, copy, out);
   for (const HeadImage& head : layer.heads) {
@@ -173,16 +177,14 @@ inline void copy_bytes(std::span<const std::byte> from, std::span<std::byte> to)
   if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
 }
 
-/// The cache becomes what was checked. Pages come from the pool in the order in which appends would have taken them, so
-/// that what is read together lies together.
+/// An empty cache becomes what was checked. Pages come from the pool in the order in which appends would have taken
+/// them, so that what is read together lies together.
 inline void adopt_state(const LayerImage& layer, const StagedLayer& state) noexcept {
   const PagesImage& pages = layer.pages;
   std::size_t most_pages = 0;
   for (std::size_t h = 0; h < layer.heads.size(); ++h) {
     const HeadImage& head = layer.heads[h];
     const StagedHead& staged = state.heads[h];
-    for (std::uint32_t i = 0; i < head.table->size(); ++i) pages.release(pages.store, (*head.table)[{i}].page);
-    head.table->clear();
     *head.evictions = staged.evictions;
     for (std::size_t i = 0; i < staged.counters.size(); ++i) *head.counters[i] = staged.counters[i];
     *head.query_end = {};
@@ -211,6 +213,20 @@ inline void adopt_state(const LayerImage& layer, const StagedLayer& state) noexc
   *layer.running_page_budget = state.page_budget;
   *layer.peak_resident_tokens = state.peak_resident_tokens;
   *layer.peak_resident_pages = state.peak_resident_pages;
+  *layer.evicted_shared_pages = state.evicted_shared_pages;
+}
+
+/// The caches become what was checked. All pages are given back first: the layers may share a pool.
+inline void adopt_states(std::span<const LayerImage> layers, std::span<const StagedLayer> states) noexcept {
+  for (const LayerImage& layer : layers) {
+    for (const HeadImage& head : layer.heads) {
+      for (std::uint32_t i = 0; i < head.table->size(); ++i) {
+        layer.pages.release(layer.pages.store, (*head.table)[{i}].page);
+      }
+      head.table->clear();
+    }
+  }
+  for (std::size_t l = 0; l < layers.size(); ++l) adopt_state(layers[l], states[l]);
 }
 
 }  // namespace kvsparse::detail

@@ -15,6 +15,7 @@ PagesImage pages_image(PagePool<Key, Value>& pool) {
   const std::size_t head_dim = pool.head_dim();
   PagesImage image;
   image.store = &pool;
+  image.pool = &pool.memory();
   image.key_row_bytes = stored_row_size<Key>(head_dim) * sizeof(Key);
   image.value_row_bytes = stored_row_size<Value>(head_dim) * sizeof(Value);
   image.keys = [](void* pages, PageId page) {

@@ -15,6 +15,7 @@
 #include "layer_pages.hpp"
 #include "page_image.hpp"
 #include "pool_access.hpp"
+#include "pool_demand.hpp"
 
 namespace kvsparse {
 
@@ -160,6 +161,10 @@ class PagedKvCache : private LayerPages<Policy> {
   /// them, less those that evictions give back. A true answer holds until another cache takes pages, and an append
   /// asks the same question. Evictions are taken to hit shared pages first, which give nothing back.
   bool can_append(std::size_t tokens) const noexcept { return check_pool(tokens).ok(); }
+  /// The pages in question, to be summed over the caches of a pool. O(pages) when some are shared, else O(kv_heads).
+  PoolDemand pool_demand(std::size_t tokens) const noexcept {
+    return {&pool_.memory(), pages_wanted(tokens), pool_.free_pages()};
+  }
   /// What the pool would have back if this cache were cleared: keys, values and summaries that no fork holds.
   std::size_t bytes_reclaimable() const {
     std::size_t pages = 0;
@@ -220,6 +225,7 @@ class PagedKvCache : private LayerPages<Policy> {
     detail::LayerImage image = Pages::image();
     image.facts = detail::cache_facts<Policy, Key, Value>(config(), policy());
     image.pages = detail::pages_image(pool_);
+    image.evicted_shared_pages = &evicted_shared_pages_;
     return image;
   }
 
@@ -256,12 +262,17 @@ class PagedKvCache : private LayerPages<Policy> {
     const std::size_t heads = geometry().kv_heads;
     const std::size_t at_most = heads * (Pages::pages_to_open(tokens) + (open_pages_may_be_shared_ ? 1 : 0));
     if (at_most <= pool_.free_pages()) return {};
-    const auto is_shared = [&](PageId page) { return pool_.is_shared(page); };
-    std::size_t wanted = Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared);
-    for (std::size_t h = 0; h < heads && writes_into_open_pages(); ++h)
-      wanted += is_shared(Pages::open_page(h)) ? 1 : 0;
+    const std::size_t wanted = pages_wanted(tokens);
     if (wanted <= pool_.free_pages()) return {};
     return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
+  }
+  std::size_t pages_wanted(std::size_t tokens) const noexcept {
+    const auto is_shared = [&](PageId page) { return pool_.is_shared(page); };
+    std::size_t wanted = Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared);
+    for (std::size_t h = 0; h < geometry().kv_heads && writes_into_open_pages(); ++h) {
+      wanted += is_shared(Pages::open_page(h)) ? 1 : 0;
+    }
+    return wanted;
   }
   bool writes_into_open_pages() const { return open_pages_may_be_shared_ && Pages::slot_of_next().value != 0; }
 

@@ -15,6 +15,7 @@
 #include "attend.hpp"
 #include "layer_schedule.hpp"
 #include "paged_kv_cache.hpp"
+#include "pool_demand.hpp"
 
 namespace kvsparse {
 
@@ -38,11 +39,15 @@ class SequenceCache {
       }
     }
   }
-  /// A cache for each configuration. Throws ConfigError.
+  /// A cache for each configuration, with pages of its own or over pages of a pool. Throws ConfigError.
   template <class Policy>
-  requires std::constructible_from<Cache, const CacheConfig&, const Policy&>
-  explicit SequenceCache(std::span<const CacheConfig> layers, const Policy& policy)
+  requires std::constructible_from<Cache, const CacheConfig&, const Policy&> SequenceCache(
+      std::span<const CacheConfig> layers, const Policy& policy)
       : SequenceCache(make_layers(layers, policy)) {}
+  template <class Pool, class Policy>
+  requires std::constructible_from<Cache, const CacheConfig&, const Pool&, const Policy&> SequenceCache(
+      std::span<const CacheConfig> layers, const Pool& pool, const Policy& policy)
+      : SequenceCache(make_layers(layers, pool, policy)) {}
 
   /// A cache for each layer of a schedule, as make(const LayerChoice&) makes it. Throws ConfigError.
   template <class Make>
@@ -50,7 +55,7 @@ class SequenceCache {
                                                                                  Make&& make)
       : SequenceCache(layers_of(schedule, make)) {}
 
-  /// Bytes that construction from the same arguments allocates for the layers. Throws ConfigError.
+  /// Bytes that construction without a pool allocates for the layers. Throws ConfigError.
   template <class Policy>
   static std::size_t bytes_required(std::span<const CacheConfig> layers, const Policy& policy) {
     std::size_t bytes = layers.size() * sizeof(Cache);
@@ -97,6 +102,35 @@ class SequenceCache {
     turn_ = 0;
   }
 
+  /// A sequence that goes on from here by itself; pages are shared until one of the two writes into them, see
+  /// PagedKvCache::fork.
+  [[nodiscard]] SequenceCache fork() {
+    std::vector<Cache> layers;
+    layers.reserve(layers_.size());
+    for (Cache& layer : layers_) layers.push_back(layer.fork());
+    return SequenceCache(std::move(layers), *this);
+  }
+
+  // --- admission ---
+
+  /// Whether the pools have the pages for so many more tokens in every layer, beginning with the layer whose turn it
+  /// is. A true answer holds until other sequences take pages.
+  bool can_append(std::size_t tokens) const {
+    PoolDemands demands;
+    add_demands(tokens, demands);
+    return demands.fit();
+  }
+  /// Adds what can_append asks for, to be summed over the sequences of a batch.
+  void add_demands(std::size_t tokens, PoolDemands& demands) const {
+    for (std::size_t l = turn_; l < layers_.size(); ++l) demands.add(layers_[l].pool_demand(tokens));
+  }
+  /// What the pools would have back if the sequence were cleared: what no fork holds.
+  std::size_t bytes_reclaimable() const {
+    std::size_t bytes = 0;
+    for (const Cache& layer : layers_) bytes += layer.bytes_reclaimable();
+    return bytes;
+  }
+
   // --- looking ---
 
   /// Attends in one layer, once it has this step's token; arguments as attend() takes them.
@@ -132,7 +166,9 @@ class SequenceCache {
       total.peak_resident_tokens = std::max(total.peak_resident_tokens, layer.peak_resident_tokens);
       total.resident_bytes += layer.resident_bytes;
       total.peak_resident_bytes += layer.peak_resident_bytes;
+      total.shared_bytes += layer.shared_bytes;
       total.evicted_tokens += layer.evicted_tokens;
+      total.evicted_shared_pages += layer.evicted_shared_pages;
       total.last_read_tokens += layer.last_read_tokens;
       total.last_skipped_tokens += layer.last_skipped_tokens;
       if (std::isnan(layer.used_page_share)) continue;
@@ -146,15 +182,20 @@ class SequenceCache {
 
  private:
   friend struct detail::ImageAccess;
+  SequenceCache(std::vector<Cache> layers, const SequenceCache& original)
+      : layers_(std::move(layers)),
+        turn_(original.turn_),
+        step_tokens_(original.step_tokens_),
+        step_is_prompt_(original.step_is_prompt_) {}
   void begin_step() { turn_ = 0; }
 
   static std::size_t index(Position position) { return static_cast<std::size_t>(position.value); }
 
-  template <class Policy>
-  static std::vector<Cache> make_layers(std::span<const CacheConfig> configs, const Policy& policy) {
+  template <class... Arguments>
+  static std::vector<Cache> make_layers(std::span<const CacheConfig> configs, const Arguments&... arguments) {
     std::vector<Cache> layers;
     layers.reserve(configs.size());
-    for (const CacheConfig& config : configs) layers.emplace_back(config, policy);
+    for (const CacheConfig& config : configs) layers.emplace_back(config, arguments...);
     return layers;
   }
 

@@ -3,11 +3,11 @@
 // places; a sequence and its policies' state stay under its id.
 #pragma once
 
-#include <algorithm>
 #include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,6 +58,19 @@ class SequenceTable {
   Sequence& add(SequenceId id, Sequence sequence) {
     check_free(id);
     return sequences_.emplace(id, std::move(sequence)).first->second;
+  }
+  /// A sequence that goes on from where another is. Throws ConfigError if that is not there, or the id is taken.
+  Sequence& fork(SequenceId from, SequenceId id) {
+    Sequence& original = at(from);
+    check_free(id);
+    return sequences_.emplace(id, original.fork()).first->second;
+  }
+  /// Whether the pools have the pages for so many more tokens in every layer of all these sequences: to be asked before
+  /// a batch is computed. Throws ConfigError if one is not there.
+  bool can_append(std::span<const SequenceId> batch, std::size_t tokens) const {
+    PoolDemands demands;
+    for (const SequenceId id : batch) at(id).add_demands(tokens, demands);
+    return demands.fit();
   }
   /// Gives the sequence's pages back. False if there is none.
   bool remove(SequenceId id) { return sequences_.erase(id) > 0; }

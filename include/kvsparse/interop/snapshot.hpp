@@ -55,9 +55,11 @@ void save(const Cache& cache, std::ostream& out) {
 template <class Cache>
 requires detail::HasImage<Cache>
 void load(Cache& cache, std::istream& in) {
-  const detail::LayerImage image = detail::ImageAccess::of(cache);
-  const std::vector<std::byte> bytes = detail::read_snapshot(in, image);
-  detail::adopt_state(image, detail::check_state(image, bytes));
+  const std::vector<detail::LayerImage> images(1, detail::ImageAccess::of(cache));
+  const std::vector<std::byte> bytes = detail::read_snapshot(in, images[0]);
+  const std::vector<detail::StagedLayer> states(1, detail::check_state(images[0], bytes));
+  detail::check_room(images, states);
+  detail::adopt_states(images, states);
 }
 
 /// Saves all layers of a sequence. Throws SnapshotError when the stream fails, and between the layers of a step.
@@ -87,7 +89,8 @@ void load(SequenceCache<Cache>& sequence, std::istream& in) {
     staged.push_back(detail::check_state(images.back(), bytes.back()));
     detail::check_together(staged.front(), staged.back(), l);
   }
-  for (std::size_t l = 0; l < sequence.layers(); ++l) detail::adopt_state(images[l], staged[l]);
+  detail::check_room(images, staged);
+  detail::adopt_states(images, staged);
   detail::ImageAccess::begin_step(sequence);
 }
 
