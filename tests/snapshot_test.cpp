@@ -254,8 +254,18 @@ TEST(SnapshotRefusals, NameWhatDiffersAndBothValues) {
   EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.layer = 3; }), "layer is 0 in the snapshot and 3 here");
   EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.softmax_scale = 0.1F; }),
             "softmax_scale is 0 in the snapshot and 0.1 here");
-  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.rope.theta = 10000.5; }),
-            "rope.theta is 0 in the snapshot and 10000.5 here");
+  const auto turn_four = [](CacheConfig& c) {
+    c.rope.theta = 10000.5;
+    c.rope.rotary_dims = 4;
+  };
+  EXPECT_EQ(refusal_of<Same>(turn_four), "rope.theta is 0 in the snapshot and 10000.5 here");
+  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.logits.soft_cap = 30.0F; }),
+            "soft_cap is 0 in the snapshot and 30 here");
+  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) { c.logits.window = 9; }), "window is 0 in the snapshot and 9 here");
+  EXPECT_EQ(refusal_of<Same>([](CacheConfig& c) {
+              c.logits.sink_logits = {0.5F, 1.0F, 0.0F, -1.0F};
+            }),
+            "sink_logits is none in the snapshot and 0.5 1 0 -1 here");
 }
 
 TEST(SnapshotRefusals, NameEveryOption) {
