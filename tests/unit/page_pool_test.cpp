@@ -23,6 +23,22 @@ TEST(PageLedger, HandsOutEveryPageOnceFromTheLowest) {
   EXPECT_EQ(ledger.free_pages(), 0U);
 }
 
+TEST(PageLedger, HeadsThatTakeTurnsGetPagesInOnePieceEach) {
+  PageLedger ledger(12, 3);
+  const auto expect_turns = [&](std::uint32_t turns) {
+    for (std::uint32_t turn = 0; turn < turns; ++turn) {
+      for (std::uint32_t head = 0; head < 3; ++head) EXPECT_EQ(ledger.acquire().value, head * 4 + turn);
+    }
+  };
+  expect_turns(3);
+  for (const std::uint32_t page : {4U, 0U, 8U}) ledger.release(PageId{page});
+  EXPECT_EQ(ledger.acquire().value, 8U);
+  for (const std::uint32_t page : {1U, 8U, 2U, 9U, 10U, 5U, 6U}) ledger.release(PageId{page});
+  EXPECT_EQ(ledger.free_pages(), 12U);
+  expect_turns(4);
+  EXPECT_EQ(ledger.free_pages(), 0U);
+}
+
 TEST(PageLedger, ReusesThePageGivenBackLast) {
   PageLedger ledger(4);
   const PageId first = ledger.acquire();

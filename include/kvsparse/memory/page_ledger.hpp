@@ -2,7 +2,6 @@
 // Which pages of a pool are free, and how many page tables name each of the others.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -13,11 +12,16 @@
 namespace kvsparse {
 
 /// No verb allocates, throws or locks after construction.
+///
+/// kv heads open their pages in turn, but a query reads one head after another. So the pages never used before are
+/// handed out, turn by turn, from one stretch of the memory for each head: what a head reads lies in one piece.
 class PageLedger {
  public:
-  explicit PageLedger(std::size_t pages) : references_(pages) {
+  /// `pages` of all heads together, as many for each of the `heads` that take turns.
+  explicit PageLedger(std::size_t pages, std::size_t heads = 1) : heads_(heads), references_(pages) {
+    KVSPARSE_ASSERT(pages % heads == 0);
     free_.reserve(pages);
-    for (std::size_t page = pages; page > 0; --page) free_.push_back({static_cast<std::uint32_t>(page - 1)});
+    for (std::size_t turn = pages; turn > 0; --turn) free_.push_back(page_of_turn(turn - 1));
   }
 
   static constexpr std::size_t bytes_per_page = sizeof(PageId) + sizeof(std::uint32_t);
@@ -30,13 +34,13 @@ class PageLedger {
   std::uint32_t references(PageId page) const { return references_[page.value]; }
   bool is_shared(PageId page) const { return references_[page.value] > 1; }
 
-  /// Hands out the page given back last, or the lowest never used: positions that arrive together lie together.
+  /// Hands out the page given back last, or the next one never used.
   PageId acquire() {
     KVSPARSE_ASSERT(!free_.empty());
+    if (free_.size() + turns_ == page_count()) ++turns_;
     const PageId page = free_.back();
     free_.pop_back();
     references_[page.value] = 1;
-    used_ = std::max(used_, std::size_t{page.value} + 1);
     return page;
   }
   /// One more table names the page.
@@ -44,8 +48,8 @@ class PageLedger {
     KVSPARSE_ASSERT(references(page) > 0);
     if (++references_[page.value] == 2) ++shared_pages_;
   }
-  /// One table less; the last one's page is free. Once all are, they are handed out from the lowest again: O(pages
-  /// used), which is no more than they were taken.
+  /// One table less; the last one's page is free. Once all are, they are handed out as at first again: O(pages used),
+  /// which is no more than they were taken.
   void release(PageId page) {
     KVSPARSE_ASSERT(references(page) > 0);
     const std::uint32_t left = --references_[page.value];
@@ -53,17 +57,21 @@ class PageLedger {
     if (left > 0) return;
     free_.push_back(page);
     if (free_.size() < page_count()) return;
-    for (std::size_t low = 0; low < used_; ++low) {
-      free_[page_count() - 1 - low] = {static_cast<std::uint32_t>(low)};
-    }
-    used_ = 0;
+    for (std::size_t turn = 0; turn < turns_; ++turn) free_[page_count() - 1 - turn] = page_of_turn(turn);
+    turns_ = 0;
   }
 
  private:
-  std::vector<PageId> free_;  // the last is handed out first; below those given back lie the never used, lowest last
+  PageId page_of_turn(std::size_t turn) const {
+    const std::size_t pages_per_head = references_.size() / heads_;
+    return {static_cast<std::uint32_t>(turn % heads_ * pages_per_head + turn / heads_)};
+  }
+
+  std::size_t heads_;
+  std::vector<PageId> free_;  // the last is handed out first; below those given back lie the never used
   std::vector<std::uint32_t> references_;
   std::size_t shared_pages_ = 0;
-  std::size_t used_ = 0;  // pages below were handed out since all were free
+  std::size_t turns_ = 0;  // pages handed out for the first time since all were free
 };
 
 }  // namespace kvsparse

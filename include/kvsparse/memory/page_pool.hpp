@@ -43,7 +43,7 @@ class PagePool {
   using Memory = PageMemory<Key, Value>;
 
   /// Of `pages` pages, in whole multiples of the kv heads. The geometry's head_dim and page_size are those of every
-  /// cache; its kv_heads only arranges the summaries. Memory is touched when a page is first used. Throws ConfigError.
+  /// cache; its kv_heads only arranges the pages. Memory is touched when a page is first used. Throws ConfigError.
   PagePool(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : shared_(new Shared(geometry, kind, checked(geometry, pages))) {}
 
@@ -110,7 +110,9 @@ class PagePool {
  private:
   struct Shared {
     Shared(const Geometry& geometry, PageSummary kind, std::size_t pages)
-        : memory(geometry, kind, pages), ledger(pages), bytes_per_page(PagePool::bytes_per_page(geometry, kind)) {}
+        : memory(geometry, kind, pages),
+          ledger(pages, geometry.kv_heads),
+          bytes_per_page(PagePool::bytes_per_page(geometry, kind)) {}
     Memory memory;
     PageLedger ledger;
     std::size_t bytes_per_page;

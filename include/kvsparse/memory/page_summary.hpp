@@ -23,25 +23,16 @@ enum class PageSummary { none, min_max, mean };
 template <StorageScalar Key>
 using SummaryScalar = std::conditional_t<has_scale<Key>, Half, Key>;
 
-/// Summaries of every page of a pool: min_max as two rows of Scalar a page, mean as a running sum of floats.
-///
-/// A selector reads the summaries of one kv head after another, so they lie head-major, although page ids do not: heads
-/// open their pages in turn, and so head h gets the ids h, kv_heads + h, 2 kv_heads + h, ... until the first eviction,
-/// in a pool of one cache as in one of many. The place of a summary is that permutation of its page's id; afterwards it
-/// is still one place for each id.
+/// Summaries of every page of a pool, in the order of page ids: min_max as two rows of Scalar a page, mean as a running
+/// sum of floats.
 template <StorageScalar Scalar>
 class PageSummaries {
  public:
-  /// `pages` of all kv heads together, as many for each.
   PageSummaries(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : kind_(kind),
         row_stride_(geometry.row_stride()),
-        kv_heads_(static_cast<std::uint32_t>(geometry.kv_heads)),
-        pages_per_head_(pages / geometry.kv_heads),
         bounds_(kind == PageSummary::min_max ? 2 * row_stride_ * pages : 0),
-        sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {
-    KVSPARSE_ASSERT(pages % geometry.kv_heads == 0);
-  }
+        sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {}
 
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
     switch (kind) {
@@ -56,19 +47,19 @@ class PageSummaries {
   /// Elements of a row: head_dim padded to row_padding.
   std::size_t row_stride() const { return row_stride_; }
   /// The page's lowest and highest elements, [row_stride()] each, one row behind the other.
-  const Scalar* min(PageId page) const { return bounds_.data() + place(page) * 2 * row_stride_; }
+  const Scalar* min(PageId page) const { return bounds_.data() + page.value * 2 * row_stride_; }
   const Scalar* max(PageId page) const { return min(page) + row_stride_; }
   /// [row_stride()] sum of the page's keys.
-  const float* sum(PageId page) const { return sums_.data() + place(page) * row_stride_; }
+  const float* sum(PageId page) const { return sums_.data() + page.value * row_stride_; }
 
   /// Copies a page's summary from summaries of the same geometry and kind, these or others.
   void copy(const PageSummaries& from, PageId page, PageId to) {
     if (kind_ == PageSummary::min_max) {
-      std::memcpy(static_cast<void*>(bounds_.data() + place(to) * 2 * row_stride_), from.min(page),
+      std::memcpy(static_cast<void*>(bounds_.data() + to.value * 2 * row_stride_), from.min(page),
                   2 * row_stride_ * sizeof(Scalar));
     }
     if (kind_ == PageSummary::mean) {
-      std::memcpy(sums_.data() + place(to) * row_stride_, from.sum(page), row_stride_ * sizeof(float));
+      std::memcpy(sums_.data() + to.value * row_stride_, from.sum(page), row_stride_ * sizeof(float));
     }
   }
 
@@ -79,11 +70,11 @@ class PageSummaries {
     if (kind_ == PageSummary::none) return;
     const float scale = row_scale(key, row_stride_);  // head_dim, padded once more, is the same
     if (kind_ == PageSummary::mean) {
-      float* sum = sums_.data() + place(page) * row_stride_;
+      float* sum = sums_.data() + page.value * row_stride_;
       for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + simd::widened(key[i]) * scale;
       return;
     }
-    Scalar* lowest = bounds_.data() + place(page) * 2 * row_stride_;
+    Scalar* lowest = bounds_.data() + page.value * 2 * row_stride_;
     Scalar* highest = lowest + row_stride_;
     if constexpr (!std::same_as<Key, Scalar>) {
       for (std::size_t i = 0; i < row_stride_; ++i) {
@@ -110,16 +101,10 @@ class PageSummaries {
   }
 
  private:
-  std::size_t place(PageId page) const {
-    return std::size_t{page.value % kv_heads_} * pages_per_head_ + page.value / kv_heads_;
-  }
-
   PageSummary kind_;
   std::size_t row_stride_;
-  std::uint32_t kv_heads_;
-  std::size_t pages_per_head_;
-  AlignedArray<Scalar> bounds_;  // [kv_heads, pages_per_head, 2, row_stride]
-  AlignedArray<float> sums_;     // [kv_heads, pages_per_head, row_stride]
+  AlignedArray<Scalar> bounds_;  // [pages, 2, row_stride]
+  AlignedArray<float> sums_;     // [pages, row_stride]
 };
 
 }  // namespace kvsparse
