@@ -319,6 +319,42 @@ TEST(Allocations, OverAPoolACacheAndAForkTakeTheirTablesAndNothingLater) {
   EXPECT_EQ(live_bytes(), empty);
 }
 
+template <class Policy>
+void expect_drafts_without_allocations() {
+  SCOPED_TRACE(Policy::name);
+  using Cache = PagedKvCache<Policy, Half>;
+  CacheConfig config = config_of(7, 3);
+  config.max_speculative = 9;
+  expect_the_bytes_that_were_announced<Policy, Half>(config, {});
+  Cache cache(config);
+  TestRng rng(1);
+  std::vector<float> k(5 * 2 * 20), q(5 * 6 * 20), out(q.size());
+  for (std::vector<float>* rows : {&k, &q}) {
+    for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+  }
+  const TokenRows<const float> rows(k.data(), 5, 2, 20);
+  const Counters before;
+  bool ok = true;
+  for (std::size_t round = 0; round < 40; ++round) {
+    const Position position = cache.next_position();
+    ok = ok && cache.append_draft(rows, rows).ok();
+    ok = ok && attend_prompt(cache, TokenRows<const float>(q.data(), 5, 6, 20), {out.data(), 5, 6, 20}).ok();
+    ok = ok && !cache.append_draft(rows, rows).ok();
+    ok = ok && cache.truncate(position + round % 4).ok();
+    if (round % 3 == 0) ok = ok && cache.append(rows.token(0), rows.token(1)).ok();
+  }
+  const Counters after;
+  EXPECT_TRUE(ok);
+  EXPECT_TRUE(after == before) << after.allocated - before.allocated << " allocations";
+}
+
+TEST(Allocations, DraftsAndTheirEndTakeNoneEither) {
+  expect_drafts_without_allocations<Dense>();
+  expect_drafts_without_allocations<Raas>();
+  expect_drafts_without_allocations<Compose<H2o, Oracle>>();
+  expect_drafts_without_allocations<Everything>();
+}
+
 TEST(Allocations, ARefusedConfigurationLeavesNothingBehind) {
   using Cache = PagedKvCache<Raas>;
   CacheConfig config = config_of(7, 3);

@@ -150,6 +150,13 @@ class AnyCache {
 
   Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept { return cache_->append(k, v); }
   Status append(std::span<const float> k, std::span<const float> v) noexcept { return cache_->append_flat(k, v); }
+  Status append(TokenRows<const float> k, TokenRows<const float> v) noexcept { return cache_->append_chunk(k, v); }
+  Status append_draft(TokenRows<const float> k, TokenRows<const float> v) noexcept {
+    return cache_->append_draft(k, v);
+  }
+  Status truncate(Position position) noexcept { return cache_->truncate(position); }
+  std::size_t drafts() const { return cache_->drafts(); }
+  std::size_t oldest_reachable() const { return cache_->oldest_reachable(); }
   Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept {
     return cache_->append_prompt(k, v);
   }
@@ -208,6 +215,11 @@ class AnyCache {
     virtual Position next_position() const = 0;
     virtual Status append(HeadRows<const float> k, HeadRows<const float> v) noexcept = 0;
     virtual Status append_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
+    virtual Status append_chunk(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
+    virtual Status append_draft(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
+    virtual Status truncate(Position position) noexcept = 0;
+    virtual std::size_t drafts() const = 0;
+    virtual std::size_t oldest_reachable() const = 0;
     virtual Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
     virtual Status append_prompt_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
     virtual void end_prompt() noexcept = 0;
@@ -244,6 +256,15 @@ class AnyCache {
     Status append_flat(std::span<const float> k, std::span<const float> v) noexcept override {
       return cache.append(k, v);
     }
+    Status append_chunk(TokenRows<const float> k, TokenRows<const float> v) noexcept override {
+      return cache.append(k, v);
+    }
+    Status append_draft(TokenRows<const float> k, TokenRows<const float> v) noexcept override {
+      return cache.append_draft(k, v);
+    }
+    Status truncate(Position position) noexcept override { return cache.truncate(position); }
+    std::size_t drafts() const override { return cache.drafts(); }
+    std::size_t oldest_reachable() const override { return cache.oldest_reachable(); }
     Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept override {
       return cache.append_prompt(k, v);
     }

@@ -191,6 +191,7 @@ Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, 
   if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
     return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
   }
+  if (const Status status = cache.check_queries(1); !status) return status;
   float* lse = log_sum_exp.empty() ? nullptr : log_sum_exp.data();
   detail::AttendStep(cache, q, out, lse, cache.next_position()).run(executor);
   return {};
@@ -220,7 +221,9 @@ Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q,
 /// Attends causally, in order, with the queries of the newest q.tokens tokens: query i sees the tokens up to its own.
 /// q, out: [tokens, query_heads, head_dim]. Tokens that were evicted while the chunk was appended are gone for its
 /// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. Refuses
-/// wrong shapes and more queries than tokens.
+/// wrong shapes and more queries than tokens. While drafts are outstanding this is how a chunk of them is verified:
+/// queries go one by one then, so that no bit depends on how many drafts there are, and no more may come than there are
+/// drafts, plus the token before them.
 ///
 /// While the policy reads everything, tiles of 16 queries share each page they load, and the executor's threads share
 /// the kv heads; the sums are those of one token at a time, rounded in another order. Where it selects pages, asks for
@@ -231,6 +234,7 @@ Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const fl
                      E&& executor) noexcept(is_nothrow_executor<E>) {
   const auto length = static_cast<std::size_t>(cache.next_position().value);
   if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
+  if (const Status status = cache.check_queries(q.tokens); !status) return status;
   if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
   if (q.tokens == 0) return {};
   if (const Status status = check_rows(q, cache.geometry().query_heads, cache.geometry()); !status) return status;

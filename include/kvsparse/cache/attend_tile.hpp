@@ -29,6 +29,7 @@ class AttendTiles {
   bool suit() const {
     if constexpr (StepObserver<Policy> || ResidualProvider<Policy> || traits::select_always<Policy>()) return false;
     if (asks_for(traits::evidence(cache_.policy()), EvidenceKind::token_weights)) return false;
+    if (cache_.drafts() != 0) return false;
     for (std::size_t h = 0; h < cache_.geometry().kv_heads; ++h) {
       cache_.begin_query(h, cache_.next_position());
       if (!cache_.reads_all(h)) return false;

@@ -40,9 +40,12 @@ struct CacheConfig {
   PromptOverflow prompt_overflow = PromptOverflow::error;
   std::size_t max_prompt_tokens = 0;  ///< for PromptOverflow::grow
   std::size_t min_decode_tokens = 0;  ///< room kept for decoding beside a long prompt; 0 means one page
-  std::size_t layer = 0;              ///< this cache's layer: keeps the random numbers of layers apart
-  float softmax_scale = 0.0F;         ///< 0 means 1 / sqrt(head_dim)
-  Rope rope = {};                     ///< of the model; needed where queries are rotated back: in-cache positions
+  /// Tokens at the end of the sequence that may be rejected (append_draft, truncate); nothing is evicted on their
+  /// behalf, so a head has room for their pages beyond the budget.
+  std::size_t max_speculative = 0;
+  std::size_t layer = 0;       ///< this cache's layer: keeps the random numbers of layers apart
+  float softmax_scale = 0.0F;  ///< 0 means 1 / sqrt(head_dim)
+  Rope rope = {};              ///< of the model; needed where queries are rotated back: in-cache positions
 
   LogitOptions logits = {};  ///< soft cap, sliding window, ALiBi, sink logits
 
@@ -76,7 +79,15 @@ struct CachePlan {
   std::size_t read_pages = 0;
   std::size_t sink_pages = 0;    // pinned from the start, prompt or not
   std::size_t decode_pages = 1;  // kept free of pins
+  std::size_t draft_pages = 0;   // opened by as many drafts as there may be
+  std::size_t spare_pages = 0;   // those of them that are not within page_capacity
+  std::size_t max_speculative = 0;
   float scale = 1.0F;
+
+  /// Pages that a head's table holds at most.
+  std::size_t table_pages() const { return page_capacity + spare_pages; }
+  /// Queries whose evidence is kept while drafts are outstanding: each draft's, and that of the token before them.
+  std::size_t journal_queries() const { return max_speculative == 0 ? 0 : max_speculative + 1; }
 };
 
 inline std::string quoted(std::size_t value) { return std::to_string(value); }
@@ -97,8 +108,9 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     refuse("page_size = " + quoted(config.page_size) + " is not in 1 .. " + quoted(max_page_size));
   }
   constexpr std::size_t largest = std::size_t{1} << 40;
-  for (const std::size_t value : {config.query_heads, config.head_dim, config.budget_tokens, config.read_budget_tokens,
-                                  config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens}) {
+  for (const std::size_t value :
+       {config.query_heads, config.head_dim, config.budget_tokens, config.read_budget_tokens, config.max_tokens,
+        config.max_prompt_tokens, config.min_decode_tokens, config.max_speculative}) {
     if (value > largest) refuse("a configured size of " + quoted(value) + " exceeds 2^40");
   }
   constexpr std::size_t most_channels = std::size_t{1} << 20;
@@ -164,8 +176,11 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     }
     plan.read_pages = read / config.page_size;
   }
-  if (plan.page_capacity * plan.geometry.kv_heads > std::numeric_limits<std::uint32_t>::max() / 2) {
-    refuse(quoted(plan.page_capacity * plan.geometry.kv_heads) + " pages exceed the limit of 2^31");
+  plan.max_speculative = config.max_speculative;
+  plan.draft_pages = plan.geometry.pages_for(config.max_speculative);
+  plan.spare_pages = Evictor<Policy> ? plan.draft_pages : 0;
+  if (plan.table_pages() * plan.geometry.kv_heads > std::numeric_limits<std::uint32_t>::max() / 2) {
+    refuse(quoted(plan.table_pages() * plan.geometry.kv_heads) + " pages exceed the limit of 2^31");
   }
   return plan;
 }

@@ -53,7 +53,8 @@ inline std::string fact_text(const std::vector<float>& values) {
 /// Every field of a configuration. A field added to CacheConfig does not compile before it is named here.
 inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   const auto& [query_heads, kv_heads, head_dim, page_size, budget_tokens, read_budget_tokens, max_tokens,
-               prompt_overflow, max_prompt_tokens, min_decode_tokens, layer, softmax_scale, rope, logits] = config;
+               prompt_overflow, max_prompt_tokens, min_decode_tokens, max_speculative, layer, softmax_scale, rope,
+               logits] = config;
   const auto& [soft_cap, window, alibi_slopes, sink_logits] = logits;
   facts.push_back({"query_heads", fact_text(query_heads)});
   facts.push_back({"kv_heads", fact_text(kv_heads)});
@@ -65,6 +66,7 @@ inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
   facts.push_back({"prompt_overflow", fact_text(prompt_overflow, "error|grow|unpin_middle")});
   facts.push_back({"max_prompt_tokens", fact_text(max_prompt_tokens)});
   facts.push_back({"min_decode_tokens", fact_text(min_decode_tokens)});
+  facts.push_back({"max_speculative", fact_text(max_speculative)});
   facts.push_back({"layer", fact_text(layer)});
   facts.push_back({"softmax_scale", fact_text(softmax_scale)});
   const auto& [theta, rotary_dims, layout, scaling, factor, low_freq_factor, high_freq_factor, original_positions] =

@@ -32,7 +32,7 @@ struct HeadSizes {
     const bool tokens = traits::granularity<Policy>() == PolicyGranularity::token;
     const bool bounds = traits::page_summary(policy) == PageSummary::min_max;
     const Geometry& geometry = plan.geometry;
-    pages = plan.page_capacity;
+    pages = plan.table_pages();
     group = geometry.group();
     row = round_up(geometry.head_dim, query_padding);
     page_states = std::is_empty_v<PageState<Policy>> ? 0 : pages;
@@ -224,11 +224,39 @@ struct HeadStore {
 
   void finish_query(QueryGroup group) {
     if (!read_masks.empty()) count_skipped_tokens();
+    remember_query(group);
+  }
+  void remember_query(const QueryGroup& group) {
     if (query_window.empty()) return;
     const std::size_t row = group.size * group.head_dim;
     float* at = query_window.data() + (queries_seen % (query_window.size() / row)) * row;
     for (std::size_t q = 0; q < group.size; ++q) at = std::copy(group[q].begin(), group[q].end(), at);
     ++queries_seen;
+  }
+
+  /// Nothing is known any more of what the latest query read.
+  void forget_query() {
+    query_end = {};
+    read_count = read_tokens = skipped_tokens = 0;
+  }
+
+  /// For a journal: mass, largest token, token weights, log-sum-exp, each at the place it has when all pages are there.
+  void copy_evidence(std::span<float> to) const {
+    const std::size_t group = log_sum_exp.size();
+    for (const std::vector<float>* array : {&mass, &largest_token, &token_weights}) {
+      const std::size_t of_page = array->size() / std::max<std::size_t>(1, was_read_.size());
+      std::copy_n(array->begin(), table.size() * of_page, to.begin());
+      to = to.subspan(array->size());
+    }
+    std::copy_n(log_sum_exp.begin(), group, to.begin());
+  }
+  std::size_t copy_query_window(std::vector<float>& to) const {
+    std::copy(query_window.begin(), query_window.end(), to.begin());
+    return queries_seen;
+  }
+  void set_query_window(const std::vector<float>& from, std::size_t seen) {
+    std::copy(from.begin(), from.end(), query_window.begin());
+    queries_seen = seen;
   }
 
   Evidence evidence(QueryGroup group, bool is_prompt, std::size_t page_size) const {

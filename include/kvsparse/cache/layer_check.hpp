@@ -140,8 +140,9 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
     pages += head.pages.size();
   }
   if (in.left() != 0) refuse_snapshot(fact_text(in.left()) + " bytes are left after the last page");
-  if (state.peak_resident_tokens < tokens || state.peak_resident_tokens > layer.page_capacity * geometry.page_size ||
-      state.peak_resident_pages < pages || state.peak_resident_pages > layer.page_capacity * geometry.kv_heads) {
+  const std::size_t most = layer.heads.front().table->capacity();  // drafts too
+  if (state.peak_resident_tokens < tokens || state.peak_resident_tokens > most * geometry.page_size ||
+      state.peak_resident_pages < pages || state.peak_resident_pages > most * geometry.kv_heads) {
     refuse_snapshot("a peak of " + fact_text(state.peak_resident_tokens) + " tokens and " +
                     fact_text(state.peak_resident_pages) + " pages does not fit the " + fact_text(tokens) +
                     " tokens and " + fact_text(pages) + " pages that are resident");

@@ -76,7 +76,9 @@ struct LayerImage {
   Position* next = nullptr;
   bool* prompt_ended = nullptr;
   std::size_t* prompt_tokens = nullptr;
-  std::size_t* running_page_budget = nullptr;  // more than page_budget after a long prompt
+  std::size_t* running_page_budget = nullptr;      // more than page_budget after a long prompt
+  std::size_t* drafts = nullptr;                   // outstanding
+  std::size_t* length_at_last_eviction = nullptr;  // truncate does not go back behind it
   std::size_t* peak_resident_tokens = nullptr;
   std::size_t* peak_resident_pages = nullptr;
   std::size_t* evicted_shared_pages = nullptr;
@@ -208,6 +210,8 @@ inline void adopt_state(const LayerImage& layer, const StagedLayer& state) noexc
   }
   copy_bytes(state.layer_state, layer.layer_state.bytes);
   *layer.next = state.next;
+  *layer.drafts = 0;
+  *layer.length_at_last_eviction = static_cast<std::size_t>(state.next.value);  // when it was is not saved
   *layer.prompt_ended = state.prompt_ended;
   *layer.prompt_tokens = state.prompt_tokens;
   *layer.running_page_budget = state.page_budget;

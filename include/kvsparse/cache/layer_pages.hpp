@@ -47,8 +47,8 @@ class LayerPages : public LayerHeads<Policy> {
 
   // --- growing ---
 
-  /// Whether a decode token may come; changes nothing.
-  Status check_append() const noexcept { return check_room(1); }
+  /// Whether so many decode tokens may come; changes nothing.
+  Status check_append(std::size_t tokens = 1) const noexcept { return check_room(tokens); }
   /// Whether so many more tokens of the prompt may come; changes nothing.
   Status check_prompt(std::size_t tokens) const noexcept {
     using Code = Status::Code;
@@ -138,26 +138,16 @@ class LayerPages : public LayerHeads<Policy> {
   void open_slot(Owner& owner) noexcept {
     const Slot slot = slot_of_next();
     if (due_for_trim()) trim(owner, slot.value != 0);
-    if (slot.value == 0) open_pages(owner);
+    if (slot.value != 0) return;
+    if constexpr (Evictor<Policy>) make_room(owner, page_budget() - 1);
+    open_pages(owner);
   }
   Slot slot_of_next() const { return geometry().slot_of(next_); }
   /// The page of the newest token, or the one just opened for the next.
   PageId open_page(std::size_t kv_head) const { return heads_[kv_head].table.back().page; }
   /// The next token's rows are stored in every head: tells the policy.
   void add_token() noexcept {
-    [[maybe_unused]] const Slot slot = slot_of_next();
-    for (std::size_t h = 0; h < heads_.size(); ++h) {
-      Head& head = heads_[h];
-      head.table.add_token();
-      if constexpr (AppendListener<Policy> || PageFullListener<Policy>) {
-        const HeadView<Policy> pages = view(h, next_ + 1, true);
-        if constexpr (AppendListener<Policy>) policy_.on_append(pages, pages.open_page(), slot);
-        if constexpr (PageFullListener<Policy>) {
-          if (slot.value + 1 == geometry().page_size) policy_.on_page_full(pages, pages.open_page());
-        }
-      }
-      peak_resident_tokens_ = std::max(peak_resident_tokens_, head.table.resident_tokens());
-    }
+    for (std::size_t h = 0; h < heads_.size(); ++h) add_token_of(h, next_);
     next_ = next_ + 1;
     if (!prompt_ended_) ++prompt_tokens_;
   }
@@ -173,11 +163,8 @@ class LayerPages : public LayerHeads<Policy> {
       }
     }
   }
-  /// The same for the page of a head's newest token.
-  void renumber_open_page(std::size_t kv_head, PageId page) {
-    PageTable& table = heads_[kv_head].table;
-    table.move_to({static_cast<std::uint32_t>(table.size() - 1)}, page);
-  }
+  /// The same for one page.
+  void renumber_page(std::size_t kv_head, PageIndex index, PageId page) { heads_[kv_head].table.move_to(index, page); }
   /// Calls visit(PageId) for every resident page, so that taking them again in turn would order ids as before.
   template <class Visit>
   void visit_newest_first(Visit&& visit) const {
@@ -200,7 +187,7 @@ class LayerPages : public LayerHeads<Policy> {
     layer_state_ = {};
     context_.page_budget = configured_page_budget_;
     next_ = {};
-    prompt_tokens_ = peak_resident_tokens_ = peak_resident_pages_ = 0;
+    prompt_tokens_ = peak_resident_tokens_ = peak_resident_pages_ = length_at_last_eviction_ = 0;
     prompt_ended_ = false;
   }
 
@@ -228,6 +215,7 @@ class LayerPages : public LayerHeads<Policy> {
     image.prompt_ended = &prompt_ended_;
     image.prompt_tokens = &prompt_tokens_;
     image.running_page_budget = &context_.page_budget;
+    image.length_at_last_eviction = &length_at_last_eviction_;
     image.peak_resident_tokens = &peak_resident_tokens_;
     image.peak_resident_pages = &peak_resident_pages_;
     image.layer_state = detail::StatesImage::of(std::span(&layer_state_, 1));
@@ -237,7 +225,6 @@ class LayerPages : public LayerHeads<Policy> {
   /// After a copy whose rows lie elsewhere.
   void set_store(const void* store) { store_ = store; }
 
- private:
   using Heads::config_;
   using Heads::context_;
   using Heads::heads_;
@@ -268,41 +255,59 @@ class LayerPages : public LayerHeads<Policy> {
   }
 
   static HeadView<Policy> victim_view(void* pages, std::size_t kv_head) {
-    return static_cast<LayerPages*>(pages)->view(kv_head);
+    return static_cast<LayerPages*>(pages)->full_view(kv_head);
   }
   void open_pages(auto& owner) {
-    if constexpr (Evictor<Policy>) make_room(owner);
     std::size_t resident_pages = 0;
     const bool pinned = geometry().page_number(next_) < sink_pages_ || (!prompt_ended_ && traits::pin_prompt(policy_));
     for (std::size_t h = 0; h < heads_.size(); ++h) {
-      Head& head = heads_[h];
-      head.open_page({next_, owner.acquire(), 0, pinned});
-      if constexpr (PageOpenListener<Policy>) {
-        policy_.on_page_open(view(h, next_ + 1, true), PageIndex{static_cast<std::uint32_t>(head.table.size() - 1)});
-      }
-      resident_pages += head.table.size();
+      open_page_of(h, {next_, owner.acquire(), 0, pinned});
+      resident_pages += heads_[h].table.size();
     }
     peak_resident_pages_ = std::max(peak_resident_pages_, resident_pages);
   }
+  void open_page_of(std::size_t kv_head, const ResidentPage& page) {
+    Head& head = heads_[kv_head];
+    head.open_page(page);
+    if constexpr (PageOpenListener<Policy>) {
+      policy_.on_page_open(view(kv_head, page.first_position + 1, true),
+                           PageIndex{static_cast<std::uint32_t>(head.table.size() - 1)});
+    }
+  }
+  void add_token_of(std::size_t kv_head, Position position) {
+    Head& head = heads_[kv_head];
+    head.table.add_token();
+    if constexpr (AppendListener<Policy> || PageFullListener<Policy>) {
+      const Slot slot = geometry().slot_of(position);
+      const HeadView<Policy> pages = view(kv_head, position + 1, true);
+      if constexpr (AppendListener<Policy>) policy_.on_append(pages, pages.open_page(), slot);
+      if constexpr (PageFullListener<Policy>) {
+        if (slot.value + 1 == geometry().page_size) policy_.on_page_full(pages, pages.open_page());
+      }
+    }
+    peak_resident_tokens_ = std::max(peak_resident_tokens_, head.table.resident_tokens());
+  }
 
-  // Each head that is full gives up one page, before the page to be opened exists: one that the layer's window has left
-  // behind, or else the policy's choice.
-  void make_room(auto& owner) {
+  // Each head that holds more than `keep` pages gives up one after the other: one that the layer's window has left
+  // behind, or else the policy's choice. The policy sees the oldest pages that fit the budget and no open page, as if
+  // the next page were about to be opened.
+  void make_room(auto& owner, std::size_t keep) {
     if constexpr (LayerEvictor<Policy>) {
-      if (heads_[0].table.size() < page_budget()) return;
-      for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
-      const bool left = left_window(heads_[0]);
-      const PageIndex victim = left ? heads_[0].oldest_unpinned() : policy_.victim(layer_view(&victim_view));
-      for (std::size_t h = 0; h < heads_.size(); ++h) evict(owner, h, victim);
+      while (heads_[0].table.size() > keep) {
+        for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
+        const bool left = left_window(heads_[0]);
+        const PageIndex victim = left ? heads_[0].oldest_unpinned() : policy_.victim(layer_view(&victim_view));
+        for (std::size_t h = 0; h < heads_.size(); ++h) evict(owner, h, victim);
+      }
     } else {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
-        if (heads_[h].table.size() < page_budget()) continue;
-        heads_[h].unpin_middle(page_budget() - 1, sink_pages_);
-        evict(owner, h, left_window(heads_[h]) ? heads_[h].oldest_unpinned() : policy_.victim(view(h)));
+        while (heads_[h].table.size() > keep) {
+          heads_[h].unpin_middle(page_budget() - 1, sink_pages_);
+          evict(owner, h, left_window(heads_[h]) ? heads_[h].oldest_unpinned() : policy_.victim(full_view(h)));
+        }
       }
     }
   }
-
   /// Whether the oldest page that may go lies before the window of the next token's query.
   bool left_window(const Head& head) const {
     if (config_.logits.window == 0) return false;
@@ -311,16 +316,26 @@ class LayerPages : public LayerHeads<Policy> {
     return end + static_cast<std::int64_t>(config_.logits.window) <= next_.value + 1;
   }
 
+  HeadView<Policy> full_view(std::size_t kv_head) {
+    HeadView<Policy> pages = view(kv_head);
+    pages.hide_newer_than(page_budget());
+    return pages;
+  }
+
   void evict(auto& owner, std::size_t kv_head, PageIndex victim) {
     Head& head = heads_[kv_head];
     KVSPARSE_ASSERT(victim.value < head.table.size() && !head.table[victim].pinned &&
                     "victim must name a resident page that is not pinned");
     // The budget and the pins are the container's word, whatever a policy answers.
     if (victim.value >= head.table.size() || head.table[victim].pinned) victim = head.oldest_unpinned();
-    if constexpr (EvictListener<Policy>) policy_.on_evict(view(kv_head), victim);
+    if constexpr (EvictListener<Policy>) policy_.on_evict(full_view(kv_head), victim);
     owner.release(head.table[victim].page);
     head.erase_page(victim);
+    length_at_last_eviction_ = next_index() + 1;
   }
+
+  /// The length of the sequence with the token on whose behalf a page was last given up.
+  std::size_t length_at_last_eviction() const { return length_at_last_eviction_; }
 
   bool due_for_trim() const {
     const std::size_t period = traits::period(policy_);
@@ -342,10 +357,12 @@ class LayerPages : public LayerHeads<Policy> {
     }
   }
 
+ private:
   std::size_t configured_page_budget_;
   std::size_t page_capacity_;
   std::size_t sink_pages_;
   std::size_t decode_pages_;
+  std::size_t length_at_last_eviction_ = 0;  // that of the token on whose behalf it was
 };
 
 }  // namespace kvsparse

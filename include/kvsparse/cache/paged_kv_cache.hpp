@@ -12,7 +12,7 @@
 
 #include "../core/shape_check.hpp"
 #include "attend_scratch.hpp"
-#include "layer_pages.hpp"
+#include "layer_drafts.hpp"
 #include "page_image.hpp"
 #include "pool_access.hpp"
 #include "pool_demand.hpp"
@@ -28,8 +28,8 @@ namespace kvsparse {
 /// members may run at the same time as one another. After construction no verb of the decode step allocates, throws or
 /// locks.
 template <class Policy, StorageScalar Key = float, StorageScalar Value = Key>
-class PagedKvCache : private LayerPages<Policy> {
-  using Pages = LayerPages<Policy>;
+class PagedKvCache : private LayerDrafts<Policy> {
+  using Pages = LayerDrafts<Policy>;
 
  public:
   using policy_type = Policy;
@@ -78,7 +78,7 @@ class PagedKvCache : private LayerPages<Policy> {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     return bytes_required_beside_pool(config, policy) +
            Pool::bytes_required(plan.geometry, traits::page_summary(policy),
-                                plan.page_capacity * plan.geometry.kv_heads);
+                                plan.table_pages() * plan.geometry.kv_heads);
   }
   /// Bytes that construction over a pool allocates: tables, policy state, working memory of a query.
   static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {
@@ -114,9 +114,21 @@ class PagedKvCache : private LayerPages<Policy> {
     if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
     if (const Status status = Pages::check_append(); !status) return status;
     if (const Status status = check_pool(1); !status) return status;
-    end_prompt();
+    settle();
     own_open_pages();
     store_token(k, v);
+    return {};
+  }
+  /// The same for a chunk of tokens, all or nothing; k, v: [tokens, kv_heads, head_dim].
+  template <StorableAs<Key, Value> Row>
+  Status append(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
+    if (const Status status = check_chunk(k, v); !status) return status;
+    if (const Status status = Pages::check_append(k.tokens); !status) return status;
+    if (const Status status = check_pool(k.tokens); !status) return status;
+    if (k.tokens == 0) return {};
+    settle();
+    own_open_pages();
+    for (std::size_t token = 0; token < k.tokens; ++token) store_token(k.token(token), v.token(token));
     return {};
   }
   /// The same from contiguous [kv_heads * head_dim] floats.
@@ -130,9 +142,7 @@ class PagedKvCache : private LayerPages<Policy> {
   template <StorableAs<Key, Value> Row>
   Status append_prompt(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
     if (const Status status = Pages::check_prompt(k.tokens); !status) return status;
-    if (k.tokens != v.tokens) return {Status::Code::wrong_tokens, v.tokens, k.tokens};
-    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
-    if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_chunk(k, v); !status) return status;
     if (const Status status = check_pool(k.tokens); !status) return status;
     if (k.tokens == 0) return {};
     Pages::begin_prompt(k.tokens);
@@ -150,6 +160,52 @@ class PagedKvCache : private LayerPages<Policy> {
     };
     return append_prompt(rows(k), rows(v));
   }
+
+  /// Appends tokens that may be rejected; k, v: [tokens, kv_heads, head_dim]. Nothing is evicted on their behalf. They
+  /// are attended to by attend_prompt and attend like any token. truncate() takes back what was rejected and accepts
+  /// the others; the next append accepts all. Ends the prompt. Refuses more than max_speculative outstanding drafts.
+  template <StorableAs<Key, Value> Row>
+  Status append_draft(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
+    if (const Status status = check_chunk(k, v); !status) return status;
+    if (const Status status = Pages::check_drafts(k.tokens); !status) return status;
+    if (const Status status = check_pool_for_drafts(k.tokens); !status) return status;
+    if (k.tokens == 0) return {};
+    Lender lender{*this};
+    Pages::begin_drafts(lender);
+    own_open_pages();
+    for (std::size_t token = 0; token < k.tokens; ++token) {
+      Pages::open_draft_slot(lender);
+      store_rows(k.token(token), v.token(token));
+      Pages::add_draft();
+    }
+    return {};
+  }
+  /// Drafts outstanding.
+  using Pages::drafts;
+
+  /// Takes back the tokens from `position` on: everything goes on as if they had never come. Among the drafts always;
+  /// behind them as far as oldest_reachable(): where no page was given up since and the policy remembers nothing of
+  /// later tokens. The drafts before `position` are accepted, all of them by truncate(next_position()). O(drafts kept *
+  /// (head_dim + policy)). Refuses other positions; and when a fork shares the page that is cut, a full pool.
+  Status truncate(Position position) noexcept {
+    const auto length = static_cast<std::size_t>(std::max<std::int64_t>(position.value, 0));
+    const std::size_t now = static_cast<std::size_t>(next_position().value);
+    const std::size_t oldest = Pages::oldest_reachable();
+    if (position < Position{0} + oldest) return {Status::Code::unreachable_length, length, oldest};
+    if (length > now) return {Status::Code::unreachable_length, length, now};
+    std::size_t wanted = 0;
+    for (std::size_t h = 0; h < geometry().kv_heads; ++h) wanted += shares_page_cut_at(h, position) ? 1 : 0;
+    if (wanted > pool_.free_pages()) return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
+    for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
+      if (shares_page_cut_at(h, position)) own_page(h, *Pages::page_cut_at(h, position));
+    }
+    Lender lender{*this};
+    Pages::truncate(position, lender);
+    open_pages_may_be_shared_ = pool_.shared_pages() > 0;  // the page that is the newest now may be
+    return {};
+  }
+  /// The shortest length that truncate() can go back to.
+  using Pages::oldest_reachable;
 
   /// No more prompt will come. The first append says the same.
   void end_prompt() noexcept {
@@ -206,6 +262,7 @@ class PagedKvCache : private LayerPages<Policy> {
   using Pages::add_residual;
   using Pages::add_sinks;
   using Pages::begin_query;
+  using Pages::check_queries;
   using Pages::end_step;
   using Pages::logit_map;
   using Pages::observe;
@@ -244,13 +301,17 @@ class PagedKvCache : private LayerPages<Policy> {
 
   static Pool own_pool(const CacheConfig& config, const Policy& policy) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    return Pool(plan.geometry, traits::page_summary(policy), plan.page_capacity * plan.geometry.kv_heads);
+    return Pool(plan.geometry, traits::page_summary(policy), plan.table_pages() * plan.geometry.kv_heads);
   }
 
   /// Lends the pool's pages to LayerPages.
   struct Lender {
     PagedKvCache& cache;
     PageId acquire() { return cache.pool_.acquire(); }
+    void summarize(PageId page, Slot slot) {
+      auto& [rows, summaries] = cache.pool_.memory();
+      summaries.add_key(page, rows.key_row(page, slot), slot.value == 0);
+    }
     void release(PageId page) {
       if (cache.pool_.is_shared(page)) ++cache.evicted_shared_pages_;
       cache.pool_.release(page);
@@ -268,11 +329,20 @@ class PagedKvCache : private LayerPages<Policy> {
   }
   std::size_t pages_wanted(std::size_t tokens) const noexcept {
     const auto is_shared = [&](PageId page) { return pool_.is_shared(page); };
-    std::size_t wanted = Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared);
+    return Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared) + pages_to_copy();
+  }
+  Status check_pool_for_drafts(std::size_t tokens) const noexcept {
+    if (tokens == 0) return {};
+    const std::size_t wanted = geometry().kv_heads * Pages::pages_to_open(tokens) + pages_to_copy();
+    if (wanted <= pool_.free_pages()) return {};
+    return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
+  }
+  std::size_t pages_to_copy() const {
+    std::size_t pages = 0;
     for (std::size_t h = 0; h < geometry().kv_heads && writes_into_open_pages(); ++h) {
-      wanted += is_shared(Pages::open_page(h)) ? 1 : 0;
+      pages += pool_.is_shared(Pages::open_page(h)) ? 1 : 0;
     }
-    return wanted;
+    return pages;
   }
   bool writes_into_open_pages() const { return open_pages_may_be_shared_ && Pages::slot_of_next().value != 0; }
 
@@ -280,17 +350,35 @@ class PagedKvCache : private LayerPages<Policy> {
   void own_open_pages() {
     if (!open_pages_may_be_shared_) return;
     for (std::size_t h = 0; h < geometry().kv_heads && writes_into_open_pages(); ++h) {
-      const PageId page = Pages::open_page(h);
-      if (!pool_.is_shared(page)) continue;
-      Pages::renumber_open_page(h, pool_.acquire_copy(pool_, page));
-      pool_.release(page);
+      if (!pool_.is_shared(Pages::open_page(h))) continue;
+      own_page(h, {static_cast<std::uint32_t>(Pages::table(h).size() - 1)});
     }
     open_pages_may_be_shared_ = false;
+  }
+  void own_page(std::size_t kv_head, PageIndex index) {
+    const PageId page = Pages::table(kv_head)[index].page;
+    Pages::renumber_page(kv_head, index, pool_.acquire_copy(pool_, page));
+    pool_.release(page);
+  }
+  bool shares_page_cut_at(std::size_t kv_head, Position position) const {
+    const auto cut = Pages::page_cut_at(kv_head, position);
+    return cut && pool_.is_shared(Pages::table(kv_head)[*cut].page);
+  }
+  void settle() {
+    Lender lender{*this};
+    Pages::accept_drafts(lender);
+    Pages::end_prompt(lender);
   }
   void release_pages() {
     Pages::visit_newest_first([&](PageId page) { pool_.release(page); });
   }
 
+  template <class Row>
+  Status check_chunk(TokenRows<const Row> k, TokenRows<const Row> v) const {
+    if (k.tokens != v.tokens) return {Status::Code::wrong_tokens, v.tokens, k.tokens};
+    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
+    return check_rows(v, geometry().kv_heads, geometry());
+  }
   HeadRows<const float> key_rows(std::span<const float> flat) const {
     return {flat.data(), geometry().kv_heads, geometry().head_dim};
   }
@@ -299,6 +387,11 @@ class PagedKvCache : private LayerPages<Policy> {
   void store_token(HeadRows<const Row> k, HeadRows<const Row> v) {
     Lender lender{*this};
     Pages::open_slot(lender);
+    store_rows(k, v);
+    Pages::add_token();
+  }
+  template <class Row>
+  void store_rows(HeadRows<const Row> k, HeadRows<const Row> v) {
     const Slot slot = Pages::slot_of_next();
     PageMemory<Key, Value>& memory = pool_.memory();
     for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
@@ -307,7 +400,6 @@ class PagedKvCache : private LayerPages<Policy> {
       store_row(v.row(h), geometry().head_dim, memory.rows.value_row(page, slot));
       memory.summaries.add_key(page, memory.rows.key_row(page, slot), slot.value == 0);
     }
-    Pages::add_token();
   }
 
   Pool pool_;

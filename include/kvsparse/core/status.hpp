@@ -27,26 +27,29 @@ class [[nodiscard]] Status {
  public:
   enum class Code {
     ok,
-    wrong_heads,            ///< a row view has the wrong number of heads
-    wrong_head_dim,         ///< a row view has the wrong head_dim
-    wrong_tokens,           ///< key, value, query or output views disagree in tokens
-    wrong_size,             ///< a flat span has the wrong number of elements
-    prompt_ended,           ///< append_prompt after the first append or end_prompt
-    prompt_exceeds_budget,  ///< pinned prompt pages plus one would not fit the budget
-    max_tokens_reached,     ///< a policy that keeps everything is full
-    pool_exhausted,         ///< the pool has fewer free pages than the tokens need
-    nothing_to_attend,      ///< attend before the first append
-    layer_out_of_turn,      ///< a step of a sequence brings its token to every layer once, lowest first
-    layer_drifted,          ///< a layer of a sequence holds another number of tokens than the sequence
-    step_is_prompt,         ///< a decode token for one layer in a step that brings prompt to the others
-    lists_too_small,        ///< a caller's array has no room for a page list
-    page_read_in_part,      ///< a page list cannot leave out tokens of a page, unless it ends there
-    page_weighted,          ///< a page list cannot weigh a page's tokens
-    query_rotated,          ///< a page list cannot rotate the query for a page
-    list_has_gap,           ///< a kernel that counts positions would misplace the tokens behind the gap
-    no_such_block,          ///< the engine's block table is shorter than the sequence
-    heads_differ,           ///< one page list for all kv heads, which hold different pages
-    query_is_over,          ///< the latest query's reads are not known any more
+    wrong_heads,             ///< a row view has the wrong number of heads
+    wrong_head_dim,          ///< a row view has the wrong head_dim
+    wrong_tokens,            ///< key, value, query or output views disagree in tokens
+    wrong_size,              ///< a flat span has the wrong number of elements
+    prompt_ended,            ///< append_prompt after the first append or end_prompt
+    prompt_exceeds_budget,   ///< pinned prompt pages plus one would not fit the budget
+    max_tokens_reached,      ///< a policy that keeps everything is full
+    pool_exhausted,          ///< the pool has fewer free pages than the tokens need
+    too_many_drafts,         ///< more than max_speculative tokens may be rejected
+    too_many_draft_queries,  ///< more queries attend while drafts are outstanding than there is a journal for
+    unreachable_length,      ///< truncate to where the cache cannot go back, or beyond its end
+    nothing_to_attend,       ///< attend before the first append
+    layer_out_of_turn,       ///< a step of a sequence brings its token to every layer once, lowest first
+    layer_drifted,           ///< a layer of a sequence holds another number of tokens than the sequence
+    step_is_prompt,          ///< a decode token for one layer in a step that brings prompt to the others
+    lists_too_small,         ///< a caller's array has no room for a page list
+    page_read_in_part,       ///< a page list cannot leave out tokens of a page, unless it ends there
+    page_weighted,           ///< a page list cannot weigh a page's tokens
+    query_rotated,           ///< a page list cannot rotate the query for a page
+    list_has_gap,            ///< a kernel that counts positions would misplace the tokens behind the gap
+    no_such_block,           ///< the engine's block table is shorter than the sequence
+    heads_differ,            ///< one page list for all kv heads, which hold different pages
+    query_is_over,           ///< the latest query's reads are not known any more
   };
 
   constexpr Status() = default;
@@ -95,6 +98,12 @@ class [[nodiscard]] Status {
       case Code::query_is_over:
         return "what the query at length " + value + " read is not known at length " + limit +
                ", or was read query head by query head; ask before the next append, or list a selection";
+      case Code::too_many_drafts: return value + " drafts would be outstanding; max_speculative is " + limit;
+      case Code::too_many_draft_queries:
+        return value + " queries would attend while drafts are outstanding; the cache keeps the evidence of " + limit;
+      case Code::unreachable_length:
+        return value_ < limit_ ? "length " + value + " is gone; the oldest reachable is " + limit
+                               : "length " + value + " is beyond the end of the sequence at " + limit;
       case Code::nothing_to_attend: return "a query came for " + value + " tokens, but " + limit + " are in the cache";
       case Code::layer_out_of_turn:
         return "layer " + value + " came where it is the turn of layer " + limit +

@@ -141,6 +141,10 @@ inline void expect_header(SnapshotReader& in, const CacheFacts& facts) {
 }
 
 inline void write_snapshot(std::ostream& stream, const LayerImage& layer) {
+  if (*layer.drafts != 0) {
+    KVSPARSE_THROW(SnapshotError("a snapshot cannot hold " + fact_text(*layer.drafts) +
+                                 " outstanding drafts; truncate, or accept them, first"));
+  }
   SnapshotWriter out(stream);
   write_header(out, layer.facts);
   ByteCounter length;

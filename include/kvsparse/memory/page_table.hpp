@@ -65,6 +65,17 @@ class PageTable {
     resident_tokens_ -= page.tokens;
     pages_.erase(pages_.begin() + index.value);
   }
+  /// Keeps the `pages` oldest, and `tokens` tokens of the last of them.
+  void cut(std::size_t pages, std::size_t tokens) {
+    KVSPARSE_ASSERT(pages <= pages_.size());
+    pages_.resize(pages);
+    if (pages > 0) pages_.back().tokens = static_cast<std::uint32_t>(tokens);
+    pinned_ = resident_tokens_ = 0;
+    for (const ResidentPage& page : pages_) {
+      pinned_ += page.pinned ? 1 : 0;
+      resident_tokens_ += page.tokens;
+    }
+  }
   void clear() {
     pages_.clear();
     pinned_ = 0;

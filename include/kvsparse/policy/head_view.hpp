@@ -104,6 +104,13 @@ class HeadPages {
     while (size_ > 0 && table()[{static_cast<std::uint32_t>(size_ - 1)}].first_position >= end) --size_;
   }
 
+  /// Leaves the `pages` oldest, none of them open: for the container, which looks for a victim among them.
+  void hide_newer_than(std::size_t pages) {
+    if (size_ <= pages) return;
+    size_ = pages;
+    has_open_page_ = false;
+  }
+
   // --- pages ---
   std::size_t size() const { return size_; }
   bool has_open_page() const { return has_open_page_ && size_ > 0; }

@@ -54,6 +54,8 @@
 // page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is unknown, not zero.
 // With an executor, verbs of different heads run at the same time; those of one head never do, and those that take a LayerView
 // run alone.
+// State is changed by the on_ verbs, observe and victim alone: after rejected drafts it is set back and these are called again for
+// what remains, select, select_more and residual are not.
 // Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork, rollback and snapshots.
 //
 // Why this is enough (each policy of the literature that we mean to write, and where it lives in the contract):

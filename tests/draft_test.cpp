@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Drafts that were rejected leave no trace: a cache that had k of them and went back to j is the cache that only ever
+// had those j, now and for hundreds of tokens to come.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "kvsparse/interop/snapshot.hpp"
+#include "kvsparse/kvsparse.hpp"
+#include "support/random_trace.hpp"
+
+namespace kvsparse_test {
+namespace {
+
+using namespace kvsparse;
+
+constexpr std::size_t kv_heads = 2, query_heads = 4, head_dim = 8, most_drafts = 7;
+
+CacheConfig config_of(std::size_t page_size, std::size_t max_speculative = most_drafts) {
+  CacheConfig config;
+  config.query_heads = query_heads;
+  config.kv_heads = kv_heads;
+  config.head_dim = head_dim;
+  config.page_size = page_size;
+  config.budget_tokens = 6 * page_size + (page_size < 4 ? 8 : 0);
+  config.read_budget_tokens = 3 * page_size;
+  config.max_tokens = 600;
+  config.max_speculative = max_speculative;
+  return config;
+}
+
+std::vector<float> gaussians(TestRng& rng, std::size_t count) {
+  std::vector<float> row(count);
+  for (float& x : row) x = static_cast<float>(rng.gaussian());
+  return row;
+}
+
+/// Keys, values and queries of a chunk.
+struct Chunk {
+  Chunk(std::uint64_t seed, std::size_t tokens) : count(tokens) {
+    TestRng rng(seed);
+    k = gaussians(rng, tokens * kv_heads * head_dim);
+    v = gaussians(rng, tokens * kv_heads * head_dim);
+    q = gaussians(rng, tokens * query_heads * head_dim);
+  }
+  TokenRows<const float> keys(std::size_t tokens) const { return {k.data(), tokens, kv_heads, head_dim}; }
+  TokenRows<const float> values(std::size_t tokens) const { return {v.data(), tokens, kv_heads, head_dim}; }
+  TokenRows<const float> queries(std::size_t tokens) const { return {q.data(), tokens, query_heads, head_dim}; }
+  std::size_t count;
+  std::vector<float> k, v, q;
+};
+
+template <class Cache>
+std::vector<float> draft(Cache& cache, const Chunk& chunk, std::size_t tokens, std::size_t attended) {
+  EXPECT_TRUE(cache.append_draft(chunk.keys(tokens), chunk.values(tokens)).ok());
+  std::vector<float> out(attended * query_heads * head_dim);
+  if (attended == tokens) {
+    EXPECT_TRUE(
+        attend_prompt(cache, chunk.queries(tokens), TokenRows<float>(out.data(), tokens, query_heads, head_dim)).ok());
+  }
+  return out;
+}
+
+template <class Cache>
+std::vector<float> step(Cache& cache, const Chunk& chunk) {
+  EXPECT_TRUE(cache
+                  .append(std::span<const float>(chunk.k).first(kv_heads * head_dim),
+                          std::span<const float>(chunk.v).first(kv_heads * head_dim))
+                  .ok());
+  std::vector<float> out(query_heads * head_dim), lse(query_heads);
+  EXPECT_TRUE(attend(cache, std::span<const float>(chunk.q).first(query_heads * head_dim), out, lse).ok());
+  out.insert(out.end(), lse.begin(), lse.end());
+  return out;
+}
+
+/// Everything later steps depend on: tables, rows, policy state, counters, as a snapshot holds them; but for the peaks,
+/// which say what memory really held, drafts included.
+template <class Cache>
+std::string state_of(const Cache& cache) {
+  std::string text;
+  for (std::size_t h = 0; h < kv_heads; ++h) {
+    for (const Position position : cache.resident_positions(h)) text += std::to_string(position.value) + " ";
+    for (const Position position : cache.read_positions(h)) text += std::to_string(position.value) + ",";
+  }
+  const CacheStats stats = cache.stats();
+  text += std::to_string(stats.tokens) + "/" + std::to_string(stats.evicted_tokens) + "/" +
+          std::to_string(stats.last_read_tokens) + "/" + std::to_string(stats.last_skipped_tokens) + "/" +
+          std::to_string(stats.used_page_share);
+  return text;
+}
+
+template <class Policy, class Scalar>
+void expect_no_trace(std::size_t page_size, std::uint64_t seed, const Policy& policy = {}) {
+  SCOPED_TRACE(std::string(Policy::name) + ", page size " + std::to_string(page_size) + ", seed " +
+               std::to_string(seed));
+  using Cache = PagedKvCache<Policy, Scalar>;
+  Cache x(config_of(page_size), policy), y(config_of(page_size), policy);
+  TestRng rng(seed * 7919 + page_size);
+  const auto prompt = static_cast<std::size_t>(rng.below(static_cast<int>(2 * page_size)) + 1);
+  const Chunk first(seed, prompt);
+  for (Cache* cache : {&x, &y}) {
+    std::vector<float> out(prompt * query_heads * head_dim);
+    ASSERT_TRUE(cache->append_prompt(first.keys(prompt), first.values(prompt)).ok());
+    ASSERT_TRUE(
+        attend_prompt(*cache, first.queries(prompt), TokenRows<float>(out.data(), prompt, query_heads, head_dim)).ok());
+  }
+  std::size_t rejected = 0;
+  for (int round = 0; round < 60; ++round) {
+    const auto drafts = static_cast<std::size_t>(1 + rng.below(most_drafts));
+    const auto kept = static_cast<std::size_t>(rng.below(static_cast<int>(drafts) + 1));
+    const Chunk chunk(rng.next(), drafts);
+    const Position before = x.next_position();
+    if (rng.below(4) == 0 && kept > 0) {  // one by one, each attended before the next comes
+      for (std::size_t t = 0; t < drafts; ++t) {
+        const std::size_t row = t * kv_heads * head_dim;
+        const auto one = [&](Cache& cache) {
+          std::vector<float> out(query_heads * head_dim);
+          EXPECT_TRUE(cache
+                          .append_draft(TokenRows<const float>(chunk.k.data() + row, 1, kv_heads, head_dim),
+                                        TokenRows<const float>(chunk.v.data() + row, 1, kv_heads, head_dim))
+                          .ok());
+          EXPECT_TRUE(
+              attend(cache, std::span(chunk.q).subspan(t * query_heads * head_dim, query_heads * head_dim), out).ok());
+          return out;
+        };
+        const std::vector<float> of_x = one(x);
+        if (t >= kept) continue;
+        ASSERT_EQ(of_x, one(y));
+      }
+    } else {
+      const std::size_t attended = rng.below(6) == 0 ? 0 : drafts;
+      const std::vector<float> of_x = draft(x, chunk, drafts, attended);
+      if (kept > 0) {
+        const std::vector<float> of_y = draft(y, chunk, kept, attended == 0 ? 0 : kept);
+        ASSERT_TRUE(std::equal(of_y.begin(), of_y.end(), of_x.begin())) << "round " << round;
+      }
+    }
+    rejected += drafts - kept;
+    EXPECT_EQ(x.drafts(), drafts);
+    ASSERT_TRUE(x.truncate(before + kept).ok());
+    ASSERT_TRUE(y.truncate(before + kept).ok());
+    ASSERT_EQ(x.drafts(), 0U);
+    ASSERT_EQ(state_of(x), state_of(y)) << "round " << round;
+    for (std::size_t h = 0; Evictor<Policy> && h < kv_heads; ++h) {
+      ASSERT_LE(x.resident_tokens(h), x.page_budget() * page_size);
+    }
+    for (int t = rng.below(4); t > 0; --t) {
+      const Chunk token(rng.next(), 1);
+      ASSERT_EQ(step(x, token), step(y, token)) << "round " << round;
+      ASSERT_EQ(state_of(x), state_of(y)) << "round " << round;
+    }
+  }
+  EXPECT_GT(rejected, 0U);
+  for (int t = 0; t < 150; ++t) {
+    const Chunk token(rng.next(), 1);
+    ASSERT_EQ(step(x, token), step(y, token)) << "token " << t << " after the last draft";
+    ASSERT_EQ(state_of(x), state_of(y));
+  }
+}
+
+template <class Policy>
+void expect_no_trace_in_any_shape(const Policy& policy = {}) {
+  for (const std::size_t page_size : {1U, 3U, 8U}) {
+    for (std::uint64_t seed = 0; seed < 2; ++seed) expect_no_trace<Policy, float>(page_size, seed, policy);
+    expect_no_trace<Policy, Half>(page_size, 9, policy);
+  }
+}
+
+TEST(Drafts, RejectedOnesLeaveNoTraceInEvictors) {
+  expect_no_trace_in_any_shape<StreamingLlm>();
+  expect_no_trace_in_any_shape<H2o>();
+  expect_no_trace_in_any_shape<Raas>();
+  expect_no_trace_in_any_shape<Kindred>();
+  expect_no_trace_in_any_shape<Random>();
+}
+TEST(Drafts, RejectedOnesLeaveNoTraceInPoliciesThatKeepAll) {
+  expect_no_trace_in_any_shape<Dense>();
+  expect_no_trace_in_any_shape<Quest>();
+  expect_no_trace_in_any_shape<Oracle>();
+}
+TEST(Drafts, RejectedOnesLeaveNoTraceInCompositions) {
+  expect_no_trace_in_any_shape<Compose<Raas, Quest>>();
+  expect_no_trace_in_any_shape<Compose<H2o, Oracle>>();
+  expect_no_trace_in_any_shape<Compose<StreamingLlm, Quest>>();
+}
+TEST(Drafts, RejectedOnesLeaveNoTraceUnderOtherOptions) {
+  Raas bound;
+  bound.options.evidence = Raas::Evidenced::quest_bound;
+  bound.options.pin_prompt = false;
+  expect_no_trace_in_any_shape(bound);
+  Quest each;
+  each.options.pool = Quest::Pool::query_head;
+  expect_no_trace_in_any_shape(each);
+}
+
+/// Listens to everything, and keeps in its state an order-dependent hash of it.
+struct Nosy {
+  static constexpr std::string_view name = "nosy";
+  static constexpr PolicyScope scope = PolicyScope::layer;
+  static constexpr PolicyGranularity granularity = PolicyGranularity::token;
+  static constexpr EvidenceKind evidence =
+      EvidenceKind::page_mass | EvidenceKind::largest_token_mass | EvidenceKind::token_weights;
+  static constexpr PageSummary page_summary = PageSummary::mean;
+  static constexpr std::size_t query_window = 3;
+  struct PageState {
+    double hash = 1.0;
+  };
+  struct HeadState {
+    double hash = 1.0;
+  };
+  struct LayerState {
+    double hash = 1.0;
+  };
+  static void mix(double& hash, double x) { hash = std::fmod(hash * 1.37 + x * 3.1 + 0.77, 1000.0); }
+
+  void on_page_open(HeadView<Nosy> head, PageIndex page) const {
+    mix(head.head_state().hash, static_cast<double>(head.first_position(page).value));
+    mix(head.state(page).hash, static_cast<double>(head.size()));
+  }
+  void on_append(HeadView<Nosy> head, PageIndex page, Slot slot) const {
+    std::vector<float> row(head.head_dim());
+    head.load_mean_key(page, row);
+    mix(head.state(page).hash, static_cast<double>(row[1]) + static_cast<double>(slot.value));
+    mix(head.head_state().hash, static_cast<double>(head.tokens(page)) + head.state(page).hash);
+  }
+  void on_page_full(HeadView<Nosy> head, PageIndex page) const { mix(head.head_state().hash, head.state(page).hash); }
+  void observe(HeadView<Nosy> head, const Evidence& step) const {
+    for (const PageIndex page : head.pages()) {
+      for (std::size_t q = 0; q < step.group(); ++q) {
+        if (!step.visited(page, q)) continue;
+        double& hash = head.state(page).hash;
+        mix(hash, static_cast<double>(step.mass(page, q)));
+        mix(hash, static_cast<double>(step.largest_token_mass(page, q)));
+        for (std::size_t t = 0; t < head.tokens(page); ++t) {
+          mix(hash, static_cast<double>(step.token_weights(page, q)[t]));
+        }
+      }
+    }
+    for (std::size_t age = 0; age < head.recent_query_count(); ++age) {
+      mix(head.head_state().hash, static_cast<double>(head.recent_queries(age)[1][2]));
+    }
+    mix(head.head_state().hash, static_cast<double>(step.log_sum_exp(0)) + static_cast<double>(step.position().value));
+  }
+  void on_step_end(LayerView<Nosy> layer) const {
+    for (std::size_t h = 0; h < layer.heads(); ++h) mix(layer.layer_state().hash, layer.head(h).head_state().hash);
+    for (std::size_t h = 0; h < layer.heads(); ++h) mix(layer.head(h).head_state().hash, layer.layer_state().hash);
+  }
+  PageIndex victim(LayerView<Nosy> layer) const {
+    return layer.head(0).lowest_evictable([&](PageIndex page) {
+      return std::fmod(layer.head(0).state(page).hash + layer.head(1).state(page).hash + layer.layer_state().hash, 7.0);
+    });
+  }
+};
+
+TEST(Drafts, RejectedOnesLeaveNoTraceInAPolicyThatListensToEverything) { expect_no_trace_in_any_shape<Nosy>(); }
+
+/// Gives up the older half of what it may, now and then.
+struct Halving {
+  static constexpr std::string_view name = "halving";
+  static constexpr std::size_t period = 5;
+  void trim(HeadView<Halving> head, PageList& pages) const {
+    std::size_t left = head.evictable_count() / 2;
+    for (const PageIndex page : head.evictable_pages()) {
+      if (left-- == 0) break;
+      pages.add(page);
+    }
+  }
+  PageIndex victim(HeadView<Halving> head) const {
+    return head.lowest_evictable([&](PageIndex page) { return head.first_position(page); });
+  }
+};
+
+TEST(Drafts, RejectedOnesLeaveNoTraceInAPolicyThatTrims) { expect_no_trace_in_any_shape<Halving>(); }
+
+/// Accepted drafts are what appended tokens are, to the bit, as long as nothing is evicted.
+template <class Policy>
+void expect_drafts_to_equal_tokens() {
+  SCOPED_TRACE(Policy::name);
+  CacheConfig config = config_of(4);
+  config.budget_tokens = 600;
+  config.read_budget_tokens = 600;
+  if (!Evictor<Policy>) config.read_budget_tokens = 12;
+  PagedKvCache<Policy, Half> drafted(config), plain(config);
+  TestRng rng(3);
+  for (int round = 0; round < 40; ++round) {
+    const auto drafts = static_cast<std::size_t>(1 + rng.below(most_drafts));
+    const auto kept = static_cast<std::size_t>(rng.below(static_cast<int>(drafts) + 1));
+    const Chunk chunk(rng.next(), drafts);
+    const Position before = plain.next_position();
+    const std::vector<float> out = draft(drafted, chunk, drafts, drafts);
+    ASSERT_TRUE(drafted.truncate(before + kept).ok());
+    for (std::size_t t = 0; t < kept; ++t) {
+      const std::size_t kv = kv_heads * head_dim, row = query_heads * head_dim;
+      ASSERT_TRUE(plain.append(std::span(chunk.k).subspan(t * kv, kv), std::span(chunk.v).subspan(t * kv, kv)).ok());
+      std::vector<float> one(row);
+      ASSERT_TRUE(attend(plain, std::span(chunk.q).subspan(t * row, row), one).ok());
+      ASSERT_TRUE(std::equal(one.begin(), one.end(), out.begin() + static_cast<std::ptrdiff_t>(t * row)))
+          << "round " << round;
+    }
+  }
+  EXPECT_EQ(drafted.next_position(), plain.next_position());
+}
+
+TEST(Drafts, AreVerifiedToTheBitOfDecodingTokenByToken) {
+  expect_drafts_to_equal_tokens<Dense>();
+  expect_drafts_to_equal_tokens<Quest>();
+  expect_drafts_to_equal_tokens<Raas>();
+  expect_drafts_to_equal_tokens<H2o>();
+  expect_drafts_to_equal_tokens<Oracle>();
+}
+
+TEST(Drafts, NothingIsEvictedOnTheirBehalfAndMemoryIsAnnounced) {
+  CacheConfig config = config_of(4);
+  config.budget_tokens = 24;
+  PagedKvCache<StreamingLlm> cache(config);
+  for (int t = 0; t < 24; ++t) static_cast<void>(step(cache, Chunk(static_cast<std::uint64_t>(t), 1)));
+  const Chunk chunk(99, 7);
+  ASSERT_TRUE(cache.append_draft(chunk.keys(7), chunk.values(7)).ok());
+  EXPECT_EQ(cache.resident_tokens(0), 31U);
+  EXPECT_EQ(cache.stats().evicted_tokens, 0U);
+  ASSERT_TRUE(cache.truncate(Position{24}).ok());
+  EXPECT_EQ(cache.resident_tokens(0), 24U);
+  EXPECT_EQ(cache.stats().evicted_tokens, 0U);
+  ASSERT_TRUE(cache.append_draft(chunk.keys(7), chunk.values(7)).ok());
+  static_cast<void>(step(cache, Chunk(1, 1)));  // accepts all seven
+  EXPECT_EQ(cache.next_position(), Position{32});
+  EXPECT_EQ(cache.resident_tokens(0), 24U);
+}
+
+TEST(Drafts, AreRefusedWithTheLimit) {
+  PagedKvCache<Raas> cache(config_of(4, 3));
+  const Chunk chunk(1, 4);
+  const Status many = cache.append_draft(chunk.keys(4), chunk.values(4));
+  EXPECT_EQ(many.code(), Status::Code::too_many_drafts);
+  EXPECT_EQ(many.message(), "4 drafts would be outstanding; max_speculative is 3");
+  EXPECT_TRUE(cache.in_prompt()) << "nothing changed";
+  ASSERT_TRUE(cache.append_draft(chunk.keys(2), chunk.values(2)).ok());
+  EXPECT_EQ(cache.append_draft(chunk.keys(2), chunk.values(2)).code(), Status::Code::too_many_drafts);
+  ASSERT_TRUE(cache.append_draft(chunk.keys(1), chunk.values(1)).ok());
+  std::vector<float> out(4 * query_heads * head_dim);
+  const auto outs = [&](std::size_t n) { return TokenRows<float>(out.data(), n, query_heads, head_dim); };
+  ASSERT_TRUE(attend_prompt(cache, chunk.queries(3), outs(3)).ok());
+  ASSERT_TRUE(attend_prompt(cache, chunk.queries(1), outs(1)).ok());
+  EXPECT_EQ(attend_prompt(cache, chunk.queries(1), outs(1)).code(), Status::Code::too_many_draft_queries);
+  EXPECT_EQ(cache.truncate(Position{4}).code(), Status::Code::unreachable_length);
+  ASSERT_TRUE(cache.truncate(Position{1}).ok());
+  const Status gone = cache.truncate(Position{0});
+  EXPECT_EQ(gone.code(), Status::Code::unreachable_length);
+  EXPECT_EQ(gone.message(), "length 0 is gone; the oldest reachable is 1");
+  ASSERT_TRUE(attend_prompt(cache, chunk.queries(1), outs(1)).ok());
+}
+
+/// Without drafts too, where the policy remembers nothing and nothing was given up.
+template <class Policy>
+void expect_exact_cuts(std::size_t page_size) {
+  SCOPED_TRACE(Policy::name);
+  const CacheConfig config = config_of(page_size, 0);
+  PagedKvCache<Policy> cut(config);
+  TestRng rng(page_size);
+  std::vector<std::uint64_t> seeds;
+  for (int round = 0; round < 60; ++round) {
+    for (int t = rng.below(12); t >= 0; --t) {
+      seeds.push_back(rng.next());
+      static_cast<void>(step(cut, Chunk(seeds.back(), 1)));
+    }
+    const std::size_t oldest = cut.oldest_reachable();
+    if (oldest > 0) {
+      EXPECT_EQ(cut.truncate(Position{static_cast<std::int64_t>(oldest) - 1}).limit(), oldest);
+      EXPECT_EQ(cut.next_position(), Position{static_cast<std::int64_t>(seeds.size())});
+    }
+    const std::size_t length =
+        oldest + static_cast<std::size_t>(rng.below(static_cast<int>(seeds.size() - oldest) + 1));
+    ASSERT_TRUE(cut.truncate(Position{static_cast<std::int64_t>(length)}).ok());
+    seeds.resize(length);
+    PagedKvCache<Policy> fresh(config);
+    for (const std::uint64_t seed : seeds) static_cast<void>(step(fresh, Chunk(seed, 1)));
+    const std::uint64_t next = rng.next();
+    ASSERT_EQ(step(cut, Chunk(next, 1)), step(fresh, Chunk(next, 1))) << "round " << round;
+    ASSERT_EQ(state_of(cut), state_of(fresh));
+    seeds.push_back(next);
+  }
+}
+
+TEST(Truncate, GoesBackBehindDraftsWhereNothingRemembersThem) {
+  for (const std::size_t page_size : {1U, 4U, 7U}) {
+    expect_exact_cuts<Dense>(page_size);
+    expect_exact_cuts<Quest>(page_size);
+    expect_exact_cuts<StreamingLlm>(page_size);
+    expect_exact_cuts<Random>(page_size);
+    expect_exact_cuts<Compose<StreamingLlm, Quest>>(page_size);
+  }
+}
+
+TEST(Truncate, InsideThePromptOpensItAgain) {
+  PagedKvCache<Dense> cache(config_of(4, 0));
+  const Chunk chunk(1, 10);
+  ASSERT_TRUE(cache.append_prompt(chunk.keys(10), chunk.values(10)).ok());
+  static_cast<void>(step(cache, chunk));
+  ASSERT_TRUE(cache.truncate(Position{6}).ok());
+  EXPECT_EQ(cache.prompt_tokens(), 6U);
+  EXPECT_TRUE(cache.append_prompt(chunk.keys(3), chunk.values(3)).ok());
+  EXPECT_EQ(cache.next_position(), Position{9});
+}
+
+TEST(Truncate, AForkKeepsWhatTheOtherTakesBack) {
+  const CacheConfig config = config_of(4);
+  PagePool<float> pool(config.geometry(), PageSummary::min_max, 200);
+  PagedKvCache<Quest> cache(config, pool);
+  for (std::uint64_t t = 0; t < 18; ++t) static_cast<void>(step(cache, Chunk(t, 1)));
+  const Chunk chunk(77, 6);
+  static_cast<void>(draft(cache, chunk, 6, 6));
+  PagedKvCache<Quest> fork = cache.fork();
+  PagedKvCache<Quest> kept(cache), rejected(cache);
+  ASSERT_TRUE(cache.truncate(Position{19}).ok());
+  ASSERT_TRUE(rejected.truncate(Position{19}).ok());
+  for (std::uint64_t t = 0; t < 30; ++t) {
+    const Chunk token(1000 + t, 1);
+    ASSERT_EQ(step(fork, token), step(kept, token));
+    ASSERT_EQ(step(cache, token), step(rejected, token));
+  }
+  fork.clear();
+  cache.clear();
+  EXPECT_EQ(pool.free_pages(), pool.page_count());
+}
+
+TEST(Drafts, AreNotForASnapshot) {
+  PagedKvCache<Raas> cache(config_of(4));
+  const Chunk chunk(1, 2);
+  ASSERT_TRUE(cache.append_draft(chunk.keys(2), chunk.values(2)).ok());
+  std::stringstream stream;
+  EXPECT_THROW(save(cache, stream), SnapshotError);
+  ASSERT_TRUE(cache.truncate(Position{1}).ok());
+  save(cache, stream);
+  PagedKvCache<Raas> loaded(config_of(4));
+  load(loaded, stream);
+  ASSERT_EQ(step(loaded, chunk), step(cache, chunk));
+}
+
+TEST(Append, OfAChunkIsAppendTokenByToken) {
+  PagedKvCache<Raas> chunked(config_of(4)), single(config_of(4));
+  for (std::uint64_t round = 0; round < 30; ++round) {
+    const Chunk chunk(round, 1 + round % 9);
+    ASSERT_TRUE(chunked.append(chunk.keys(chunk.count), chunk.values(chunk.count)).ok());
+    for (std::size_t t = 0; t < chunk.count; ++t) {
+      ASSERT_TRUE(single.append(chunk.keys(chunk.count).token(t), chunk.values(chunk.count).token(t)).ok());
+    }
+    ASSERT_EQ(state_of(chunked), state_of(single));
+  }
+}
+
+}  // namespace
+}  // namespace kvsparse_test
