@@ -25,7 +25,7 @@ TEST(Status, EverySentenceNamesTheValueAndTheLimit) {
   for (const Code code :
        {Code::wrong_heads, Code::wrong_head_dim, Code::wrong_tokens, Code::wrong_size, Code::prompt_ended,
         Code::prompt_exceeds_budget, Code::max_tokens_reached, Code::nothing_to_attend, Code::layer_out_of_turn,
-        Code::layer_drifted, Code::step_is_prompt, Code::lists_too_small, Code::page_read_in_part, Code::page_weighted,
+        Code::layer_drifted, Code::step_differs, Code::lists_too_small, Code::page_read_in_part, Code::page_weighted,
         Code::query_rotated, Code::list_has_gap, Code::no_such_block, Code::heads_differ, Code::query_is_over}) {
     const Status status(code, 1234, 5678);
     EXPECT_FALSE(status.ok());

@@ -156,6 +156,7 @@ class AnyCache {
   }
   Status truncate(Position position) noexcept { return cache_->truncate(position); }
   std::size_t drafts() const { return cache_->drafts(); }
+  PoolDemand truncate_demand(Position position) const noexcept { return cache_->truncate_demand(position); }
   std::size_t oldest_reachable() const { return cache_->oldest_reachable(); }
   Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept {
     return cache_->append_prompt(k, v);
@@ -219,6 +220,7 @@ class AnyCache {
     virtual Status append_draft(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
     virtual Status truncate(Position position) noexcept = 0;
     virtual std::size_t drafts() const = 0;
+    virtual PoolDemand truncate_demand(Position position) const noexcept = 0;
     virtual std::size_t oldest_reachable() const = 0;
     virtual Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept = 0;
     virtual Status append_prompt_flat(std::span<const float> k, std::span<const float> v) noexcept = 0;
@@ -264,6 +266,7 @@ class AnyCache {
     }
     Status truncate(Position position) noexcept override { return cache.truncate(position); }
     std::size_t drafts() const override { return cache.drafts(); }
+    PoolDemand truncate_demand(Position position) const noexcept override { return cache.truncate_demand(position); }
     std::size_t oldest_reachable() const override { return cache.oldest_reachable(); }
     Status append_prompt(TokenRows<const float> k, TokenRows<const float> v) noexcept override {
       return cache.append_prompt(k, v);

@@ -193,9 +193,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
     const std::size_t oldest = Pages::oldest_reachable();
     if (position < Position{0} + oldest) return {Status::Code::unreachable_length, length, oldest};
     if (length > now) return {Status::Code::unreachable_length, length, now};
-    std::size_t wanted = 0;
-    for (std::size_t h = 0; h < geometry().kv_heads; ++h) wanted += shares_page_cut_at(h, position) ? 1 : 0;
-    if (wanted > pool_.free_pages()) return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
+    const PoolDemand demand = truncate_demand(position);
+    if (demand.pages > demand.free_pages) return {Status::Code::pool_exhausted, demand.pages, demand.free_pages};
     for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
       if (shares_page_cut_at(h, position)) own_page(h, *Pages::page_cut_at(h, position));
     }
@@ -203,6 +202,12 @@ class PagedKvCache : private LayerDrafts<Policy> {
     Pages::truncate(position, lender);
     open_pages_may_be_shared_ = pool_.shared_pages() > 0;  // the page that is the newest now may be
     return {};
+  }
+  /// The pages that truncate(position) copies because a fork shares what is cut. O(kv_heads).
+  PoolDemand truncate_demand(Position position) const noexcept {
+    std::size_t wanted = 0;
+    for (std::size_t h = 0; h < geometry().kv_heads; ++h) wanted += shares_page_cut_at(h, position) ? 1 : 0;
+    return {&pool_.memory(), wanted, pool_.free_pages()};
   }
   /// The shortest length that truncate() can go back to.
   using Pages::oldest_reachable;

@@ -79,16 +79,57 @@ class SequenceCache {
   /// Appends this step's token to one layer; k, v as PagedKvCache::append takes them.
   template <class Rows>
   Status append(std::size_t layer, const Rows& k, const Rows& v) noexcept {
-    if (const Status status = check_turn(layer, 1, false); !status) return status;
-    return take(layer, 1, false, layers_[layer].append(k, v));
+    if (const Status status = check_turn(layer, 1, Step::decode); !status) return status;
+    return take(layer, 1, Step::decode, layers_[layer].append(k, v));
   }
   /// Appends a chunk of the prompt to one layer; every layer gets as many tokens. k, v as PagedKvCache::append_prompt
   /// takes them.
   template <class Rows>
   Status append_prompt(std::size_t layer, const Rows& k, const Rows& v) noexcept {
     const std::size_t tokens = tokens_of(k);
-    if (const Status status = check_turn(layer, tokens, true); !status) return status;
-    return take(layer, tokens, true, layers_[layer].append_prompt(k, v));
+    if (const Status status = check_turn(layer, tokens, Step::prompt); !status) return status;
+    return take(layer, tokens, Step::prompt, layers_[layer].append_prompt(k, v));
+  }
+  /// Appends tokens that may be rejected to one layer; every layer gets as many. k, v as PagedKvCache::append_draft
+  /// takes them.
+  template <class Rows>
+  Status append_draft(std::size_t layer, const Rows& k, const Rows& v) noexcept {
+    const std::size_t tokens = tokens_of(k);
+    if (const Status status = check_turn(layer, tokens, Step::draft); !status) return status;
+    return take(layer, tokens, Step::draft, layers_[layer].append_draft(k, v));
+  }
+  /// Takes back the tokens from `position` on in every layer, or, where one of them cannot, in none; see
+  /// PagedKvCache::truncate. What a step has brought to some layers alone goes in any case: truncate(next_position())
+  /// gives up a step of drafts half way.
+  Status truncate(Position position) noexcept {
+    using Code = Status::Code;
+    if (position > next_position()) return {Code::unreachable_length, index(position), index(next_position())};
+    const std::size_t oldest = oldest_reachable();
+    if (position < Position{0} + oldest) {
+      return {Code::unreachable_length, static_cast<std::size_t>(std::max<std::int64_t>(position.value, 0)), oldest};
+    }
+    for (const Cache& layer : layers_) {
+      const PoolDemand demand = layer.truncate_demand(position);
+      std::size_t pages = 0;
+      for (std::size_t l = 0; demand.pages > 0 && l < layers_.size(); ++l) {
+        const PoolDemand other = layers_[l].truncate_demand(position);
+        pages += other.pool == demand.pool ? other.pages : 0;
+      }
+      if (pages > demand.free_pages) return {Code::pool_exhausted, pages, demand.free_pages};
+    }
+    Status status;
+    for (Cache& layer : layers_) {
+      if (const Status cut = layer.truncate(position); !cut) status = cut;
+    }
+    KVSPARSE_ASSERT(status.ok());
+    turn_ = 0;
+    return status;
+  }
+  /// The shortest length that truncate() can go back to, in all layers.
+  std::size_t oldest_reachable() const {
+    std::size_t oldest = 0;
+    for (const Cache& layer : layers_) oldest = std::max(oldest, layer.oldest_reachable());
+    return oldest;
   }
   /// No more prompt will come. Refuses between the layers of a step.
   Status end_prompt() noexcept {
@@ -182,11 +223,9 @@ class SequenceCache {
 
  private:
   friend struct detail::ImageAccess;
+  enum class Step { decode, prompt, draft };
   SequenceCache(std::vector<Cache> layers, const SequenceCache& original)
-      : layers_(std::move(layers)),
-        turn_(original.turn_),
-        step_tokens_(original.step_tokens_),
-        step_is_prompt_(original.step_is_prompt_) {}
+      : layers_(std::move(layers)), turn_(original.turn_), step_tokens_(original.step_tokens_), step_(original.step_) {}
   void begin_step() { turn_ = 0; }
 
   static std::size_t index(Position position) { return static_cast<std::size_t>(position.value); }
@@ -217,7 +256,7 @@ class SequenceCache {
     return rows.size() / (config.kv_heads * config.head_dim);
   }
 
-  Status check_turn(std::size_t layer, std::size_t tokens, bool prompt) const {
+  Status check_turn(std::size_t layer, std::size_t tokens, Step step) const {
     using Code = Status::Code;
     if (layer != turn_) return {Code::layer_out_of_turn, layer, turn_};
     const Position length = next_position();
@@ -225,15 +264,14 @@ class SequenceCache {
       return {Code::layer_drifted, index(layers_[layer].next_position()), index(length)};
     }
     if (turn_ == 0) return {};
-    if (prompt && !step_is_prompt_) return {Code::prompt_ended, index(length), index(length)};
-    if (!prompt && step_is_prompt_) return {Code::step_is_prompt, layer, step_tokens_};
+    if (step != step_) return {Code::step_differs, layer, step_tokens_};
     if (tokens != step_tokens_) return {Code::wrong_tokens, tokens, step_tokens_};
     return {};
   }
-  Status take(std::size_t layer, std::size_t tokens, bool prompt, Status appended) {
+  Status take(std::size_t layer, std::size_t tokens, Step step, Status appended) {
     if (!appended) return appended;
     step_tokens_ = tokens;
-    step_is_prompt_ = prompt;
+    step_ = step;
     turn_ = layer + 1 == layers_.size() ? 0 : layer + 1;
     return appended;
   }
@@ -246,7 +284,7 @@ class SequenceCache {
   std::vector<Cache> layers_;  // the last one has the sequence's length: a step reaches it last
   std::size_t turn_ = 0;
   std::size_t step_tokens_ = 0;  // what the running step brings each layer
-  bool step_is_prompt_ = false;
+  Step step_ = Step::decode;
 };
 
 }  // namespace kvsparse

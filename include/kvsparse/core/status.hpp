@@ -41,7 +41,7 @@ class [[nodiscard]] Status {
     nothing_to_attend,       ///< attend before the first append
     layer_out_of_turn,       ///< a step of a sequence brings its token to every layer once, lowest first
     layer_drifted,           ///< a layer of a sequence holds another number of tokens than the sequence
-    step_is_prompt,          ///< a decode token for one layer in a step that brings prompt to the others
+    step_differs,            ///< prompt, drafts and decoded tokens for different layers in one step
     lists_too_small,         ///< a caller's array has no room for a page list
     page_read_in_part,       ///< a page list cannot leave out tokens of a page, unless it ends there
     page_weighted,           ///< a page list cannot weigh a page's tokens
@@ -109,9 +109,9 @@ class [[nodiscard]] Status {
         return "layer " + value + " came where it is the turn of layer " + limit +
                "; each step goes through all layers once, lowest first";
       case Code::layer_drifted: return "a layer has " + value + " tokens; the sequence has " + limit;
-      case Code::step_is_prompt:
-        return "layer " + value + " got a decode token in a step that brings " + limit +
-               " prompt tokens to every layer";
+      case Code::step_differs:
+        return "layer " + value + " got tokens of another kind than the " + limit +
+               " of this step: prompt, drafts and decoded tokens do not mix";
     }
     return "unknown status";
   }
