@@ -318,6 +318,40 @@ TEST(AnySequence, EveryLayerHasItsOwnPolicyOptionsAndBudget) {
   EXPECT_EQ(sequence.stats().used_page_share, layer_1.stats().used_page_share);
 }
 
+TEST(AnySequence, KeysAndValuesHaveTypesOfTheirOwn) {
+  LayerChoice layer;
+  layer.policy = "raas";
+  layer.config = small_config();
+  layer.keys = ScalarType::f16;
+  layer.values = ScalarType::int8;
+  PagePool<Half, Int8> pool(layer.config.geometry(), PageSummary::none, 16);
+  const auto make = [&](const LayerChoice& choice) {
+    EXPECT_EQ(choice.values, ScalarType::int8);
+    const std::vector<OptionSetting>& options = choice.options;
+    if (choice.keys == ScalarType::f32) return AnyCache::of_pair<Raas, float, Int8>(choice.config, options);
+    return AnyCache::of_pair<Raas, Half, Int8>(choice.config, pool, options);
+  };
+  LayerSchedule schedule = uniform_schedule(2, layer);
+  schedule[1].keys = ScalarType::f32;
+  SequenceCache<AnyCache> sequence(schedule, make);
+  PagedKvCache<Raas, Half, Int8> layer_0(schedule[0].config);
+  PagedKvCache<Raas, float, Int8> layer_1(schedule[1].config);
+  const Rows rows = rows_of(0);
+  std::vector<float> out(24), expected(24);
+  for (std::size_t t = 0; t < 40; ++t) {
+    const auto step = [&](std::size_t l, auto& alone) {
+      ASSERT_TRUE(sequence.append(l, rows.token_k(t), rows.token_v(t)).ok());
+      ASSERT_TRUE(alone.append(rows.token_k(t), rows.token_v(t)).ok());
+      ASSERT_TRUE(sequence.attend(l, rows.token_q(t), std::span<float>(out)).ok());
+      ASSERT_TRUE(attend(alone, rows.token_q(t), expected).ok());
+      ASSERT_EQ(out, expected) << "layer " << l << ", token " << t;
+    };
+    step(0, layer_0);
+    step(1, layer_1);
+  }
+  EXPECT_EQ(pool.page_count() - pool.free_pages(), 8U);
+}
+
 // --- many sequences ---
 
 TEST(SequenceTable, ABatchInAnyOrderNeverMixesPolicyState) {

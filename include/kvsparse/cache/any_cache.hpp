@@ -130,6 +130,17 @@ class AnyCache {
   static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
     return AnyCache(make<Policy, Scalars...>(scalar, config, nullptr, settings));
   }
+  /// Keys and values each in a type of its own, with pages of its own or over those of a pool: an engine compiles the
+  /// pairs it wants, and chooses among them by name. Throws ConfigError as `of` does.
+  template <class Policy, StorageScalar Key, StorageScalar Value>
+  static AnyCache of_pair(const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, with_settings<Policy>(settings)));
+  }
+  template <class Policy, StorageScalar Key, StorageScalar Value>
+  static AnyCache of_pair(const CacheConfig& config, const PagePool<Key, Value>& pool,
+                          std::span<const OptionSetting> settings = {}) {
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, pool, with_settings<Policy>(settings)));
+  }
 
   AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
   AnyCache& operator=(const AnyCache& other) {
@@ -239,11 +250,11 @@ class AnyCache {
     virtual detail::LayerImage image() = 0;
   };
 
-  template <class Policy, class Scalar>
+  template <class Policy, class Key, class Value = Key>
   struct Model final : Interface {
-    using Cache = PagedKvCache<Policy, Scalar>;
+    using Cache = PagedKvCache<Policy, Key, Value>;
     Model(const CacheConfig& config, const Policy& policy) : cache(config, policy) {}
-    Model(const CacheConfig& config, const PagePool<Scalar>& pool, const Policy& policy)
+    Model(const CacheConfig& config, const PagePool<Key, Value>& pool, const Policy& policy)
         : cache(config, pool, policy), is_over_pool(true) {}
     Model(Cache&& made, bool over_pool) : cache(std::move(made)), is_over_pool(over_pool) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(Cache(cache), false); }

@@ -16,7 +16,7 @@
 
 namespace kvsparse {
 
-/// One layer, by names.
+/// One layer, by names. Which pairs of keys and values there are caches for is the affair of who makes them.
 struct LayerChoice {
   std::string policy = "dense";
   std::vector<OptionSetting> options;
