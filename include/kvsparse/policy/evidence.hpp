@@ -26,6 +26,13 @@ constexpr bool asks_for(EvidenceKind asked, EvidenceKind kind) {
   return (static_cast<unsigned>(asked) & static_cast<unsigned>(kind)) != 0;
 }
 
+/// A page's shares of the softmaxes of one query group, over the query heads that visited it.
+struct PageShare {
+  bool visited = false;  ///< by some query head
+  float sum = 0.0F;
+  float peak = 0.0F;
+};
+
 /// The evidence of one query group over the resident pages of its kv head.
 class Evidence {
  public:
@@ -63,20 +70,20 @@ class Evidence {
     KVSPARSE_ASSERT(visited(page, query));
     return storage_.mass[at(page, query)];
   }
-  /// Sum over the query heads of the group that visited the page.
-  float group_mass(PageIndex page) const {
-    float sum = 0.0F;
-    for (std::size_t q = 0; q < group(); ++q) sum += visited(page, q) ? mass(page, q) : 0.0F;
-    return sum;
-  }
-  /// Largest over the query heads of the group that visited the page.
-  float peak_mass(PageIndex page) const {
-    float peak = 0.0F;
+  /// Sum and largest over the query heads of the group that visited the page.
+  PageShare share(PageIndex page) const {
+    PageShare result;
     for (std::size_t q = 0; q < group(); ++q) {
-      if (visited(page, q) && mass(page, q) > peak) peak = mass(page, q);
+      if (!visited(page, q)) continue;
+      const float of_query = mass(page, q);
+      result.visited = true;
+      result.sum += of_query;
+      if (of_query > result.peak) result.peak = of_query;
     }
-    return peak;
+    return result;
   }
+  float group_mass(PageIndex page) const { return share(page).sum; }
+  float peak_mass(PageIndex page) const { return share(page).peak; }
   /// The largest share of one token of the page; needs EvidenceKind::largest_token_mass.
   float largest_token_mass(PageIndex page, std::size_t query) const {
     KVSPARSE_ASSERT(storage_.largest_token != nullptr);

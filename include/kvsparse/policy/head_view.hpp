@@ -200,6 +200,9 @@ class HeadPages {
   }
 
   std::size_t evictable_count() const {
+    if (size_ == table().size()) {
+      return size_ - pinned_pages() - (has_open_page() && !is_pinned(open_page()) ? 1 : 0);
+    }
     std::size_t count = 0;
     for ([[maybe_unused]] const PageIndex page : evictable_pages()) ++count;
     return count;

@@ -78,10 +78,15 @@ struct Raas {
   }
 
   void observe(HeadView<Raas> head, const Evidence& step) const {
+    // What is ranked or compared with alpha; -1 for a page that was not read.
+    const std::span<float> scores = head.scratch().first(head.size());
     for (const PageIndex page : head.pages()) {
-      if (step.visited(page)) head.state(page).last_mass = step.group_mass(page);
+      const PageShare share = step.share(page);
+      if (share.visited) head.state(page).last_mass = share.sum;
+      scores[page.value] = !share.visited ? -1.0F : options.used == Used::alpha ? share.peak : share.sum;
     }
     if (step.is_prompt()) return;
+    if (options.evidence == Evidenced::quest_bound) score_by_bound(head, step, scores);
 
     PagesUsed& counted = head.head_state().pages_used;
     const auto use = [&](PageIndex page) {
@@ -89,7 +94,6 @@ struct Raas {
       head.state(page).stamp = step.position();
       ++counted.used;
     };
-    const std::span<const float> scores = score_pages(head, step);
     const std::size_t evictable = head.evictable_count();
     if (options.used == Used::rank) {
       const auto used = static_cast<std::size_t>(std::ceil(options.r * static_cast<double>(evictable)));
@@ -106,21 +110,10 @@ struct Raas {
   PagesUsed pages_used(HeadView<Raas> head) const { return head.head_state().pages_used; }
 
  private:
-  /// What is ranked or compared with alpha, [resident pages]; under exact mass -1 for a page that was not read.
-  std::span<const float> score_pages(HeadView<Raas> head, const Evidence& step) const {
-    const std::span<float> scores = head.scratch().first(head.size());
-    if (options.evidence == Evidenced::quest_bound) {
-      const std::span<float> bounds = head.scratch().subspan(head.size(), head.size() * step.group());
-      head.upper_bounds(step.queries(), bounds);
-      softmax_scores(bounds, step.group(), step.queries().scale, scores);
-      return scores;
-    }
-    for (const PageIndex page : head.pages()) {
-      scores[page.value] = !step.visited(page)           ? -1.0F
-                           : options.used == Used::alpha ? step.peak_mass(page)
-                                                         : step.group_mass(page);
-    }
-    return scores;
+  static void score_by_bound(const HeadView<Raas>& head, const Evidence& step, std::span<float> scores) {
+    const std::span<float> bounds = head.scratch().subspan(head.size(), head.size() * step.group());
+    head.upper_bounds(step.queries(), bounds);
+    softmax_scores(bounds, step.group(), step.queries().scale, scores);
   }
 
   /// scores[page] = max over the group of the softmax over the resident pages of scale * bound.
