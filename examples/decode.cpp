@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decodes a prompt greedily with a real model whose layers keep their keys and values in sparse caches.
+// Decodes prompts greedily with a real model whose layers keep their keys and values in sparse caches.
+#include <algorithm>
 #include <iostream>
-#include <kvsparse/interop/thread_team.hpp>
-#include <memory>
+#include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "common/interrupt.hpp"
 #include "common/output_file.hpp"
 #include "common/program.hpp"
-#include "common/progress.hpp"
-#include "decode_options.hpp"
-#include "decode_report.hpp"
-#include "engine/generate.hpp"
+#include "decode/options.hpp"
+#include "decode/policy_run.hpp"
+#include "decode/prompts.hpp"
+#include "decode/report.hpp"
+#include "decode/saved_sequence.hpp"
 #include "engine/model.hpp"
 #include "engine/recorders.hpp"
 #include "engine/tokenizer.hpp"
@@ -25,39 +27,7 @@ using namespace kvsparse_tools;
 int complain(const std::string& sentence, int exit_code) {
   return kvsparse_tools::complain("decode", sentence, exit_code);
 }
-
-/// Needed for a prompt of words; for a prompt of ids it only makes the output readable.
-std::optional<Tokenizer> find_tokenizer(const DecodeOptions& options, const Model& model) {
-  if (options.prompt_ids.empty()) return Tokenizer(options.model_directory, model.config().vocab_size);
-  try {
-    return Tokenizer(options.model_directory, model.config().vocab_size);
-  } catch (const FileError&) {
-    return std::nullopt;
-  }
-}
-
-std::vector<TokenId> prompt_tokens(const DecodeOptions& options, const Model& model,
-                                   const std::optional<Tokenizer>& tokenizer) {
-  std::vector<TokenId> prompt = options.prompt_ids;
-  if (prompt.empty()) {
-    Tokenizer::Encoding encoding = tokenizer->encode(options.prompt);
-    if (!encoding.unknown_words.empty()) {
-      complain("note: " + std::to_string(encoding.unknown_words.size()) +
-                   " words of the prompt are not in the vocabulary, the first is " +
-                   in_quotes(encoding.unknown_words.front()),
-               0);
-    }
-    prompt = std::move(encoding.ids);
-  }
-  if (prompt.empty()) throw UsageError("the prompt is empty, it must have at least one token");
-  for (const TokenId token : prompt) {
-    if (token >= model.config().vocab_size) {
-      throw UsageError("--prompt-ids holds " + std::to_string(token) +
-                       ", it must be less than the model's vocab_size " + std::to_string(model.config().vocab_size));
-    }
-  }
-  return prompt;
-}
+void note(const std::string& sentence) { complain("note: " + sentence, 0); }
 
 std::map<std::string, std::string> file_notes(const DecodeOptions& options, const std::string& policy) {
   return {{"policy", policy},
@@ -72,60 +42,142 @@ std::filesystem::path policy_directory(const DecodeOptions& options, const std::
   return options.policies.size() == 1 ? directory : directory / policy;
 }
 
-PolicyResult run_policy(const DecodeOptions& options, const Model& model, const std::optional<Tokenizer>& tokenizer,
-                        const std::vector<TokenId>& prompt, const CacheChoice& cache) {
-  const std::string& policy = cache.policy;
-  const std::size_t total = prompt.size() + options.max_new;
-  kvsparse::ThreadTeam team(options.threads);
-  Decoder decoder(model, cache, total);
-  decoder.attend_on(team);
-  decoder.read_prompt_by(options.prompt_chunk);
+/// What all policies decode.
+struct Work {
+  const DecodeOptions& options;
+  const Model& model;
+  const std::optional<Tokenizer>& tokenizer;
+  std::vector<std::vector<TokenId>> prompts;
+  std::optional<SavedSequence> saved;  // what the one sequence goes on from
+  std::size_t max_tokens = 0;          // that a sequence may have
+
+  bool one_sequence() const { return prompts.size() * options.forks == 1; }
+  std::span<const TokenId> text_before() const { return saved ? std::span(saved->text()) : std::span<const TokenId>(); }
+  std::vector<std::vector<TokenId>> texts() const {
+    return saved ? std::vector<std::vector<TokenId>>{saved->text()} : prompts;
+  }
+};
+
+/// Prints a sequence's text as it comes.
+class LiveText {
+ public:
+  LiveText(std::ostream& out, const std::optional<Tokenizer>& tokenizer) : out_(out) {
+    if (tokenizer) stream_.emplace(*tokenizer);
+  }
+
+  void show(const std::vector<TokenId>& tokens) {
+    for (; shown_ < tokens.size(); ++shown_) {
+      if (stream_) {
+        out_ << stream_->push(tokens[shown_]);
+      } else {
+        out_ << (shown_ == 0 ? "" : ",") << tokens[shown_];
+      }
+    }
+    out_.flush();
+  }
+  void finish() { out_ << (stream_ ? stream_->finish() : "") << "\n\n"; }
+
+ private:
+  std::ostream& out_;
+  std::optional<TextStream> stream_;
+  std::size_t shown_ = 0;
+};
+
+PolicyResult run_policy(Work& work, const CacheChoice& cache, LiveText* live) {
+  const DecodeOptions& options = work.options;
   std::optional<TraceRecorder> trace;
   std::optional<ResidencyRecorder> residency;
-  if (!options.trace_directory.empty()) decoder.observe(&trace.emplace(model.config()));
-  if (!options.resident_directory.empty()) decoder.observe(&residency.emplace(model.config()));
+  PolicyRun::Hooks hooks;
+  hooks.on_start = [&](Decoder& decoder) {
+    if (work.saved) work.saved->restore(decoder);
+    if (!options.trace_directory.empty()) decoder.observe(&trace.emplace(work.model.config()));
+    if (!options.resident_directory.empty()) decoder.observe(&residency.emplace(work.model.config()));
+  };
+  hooks.on_step = [&](const GreedyDecoding& decoding) {
+    if (live != nullptr) live->show(decoding.tokens());
+  };
+  hooks.shows_text = live != nullptr;
+  hooks.on_end = [&](const Decoder& decoder, const GreedyDecoding& decoding) {
+    if (options.save_file.empty() || !decoding.prompt_is_read()) return;
+    std::vector<TokenId> text = work.texts().front();
+    text.insert(text.end(), decoding.tokens().begin(), decoding.tokens().end());
+    save_sequence(options.save_file, decoder, text, work.max_tokens);
+  };
+  PolicyResult result =
+      PolicyRun(options, cache, work.model, work.prompts, work.max_tokens, work.text_before()).run(hooks);
+  for (SequenceResult& sequence : result.sequences) {
+    if (work.tokenizer) sequence.text = printable_text(*work.tokenizer, sequence.generation.tokens);
+    sequence.answer = answer_of(sequence.generation, sequence.text);
+  }
 
-  ProgressBar progress(policy, total);
-  PolicyResult result;
-  result.policy = policy;
-  result.generation = generate(decoder, prompt, options.max_new, [&](std::size_t read) {
-    progress.update(read);
-    return !interrupted();
-  });
-  progress.clear();
-  if (tokenizer) result.text = printable_text(*tokenizer, result.generation.tokens);
-  result.answer = answer_of(result.generation, result.text);
-
-  const bool whole = result.generation.stopped != StopReason::interrupted;
-  const auto notes = file_notes(options, policy);
-  if (whole && trace) trace->save(policy_directory(options, options.trace_directory, policy), notes);
-  if (whole && residency) residency->save(policy_directory(options, options.resident_directory, policy), notes);
+  const auto notes = file_notes(options, cache.policy);
+  if (!interrupted() && trace) trace->save(policy_directory(options, options.trace_directory, cache.policy), notes);
+  if (!interrupted() && residency) {
+    residency->save(policy_directory(options, options.resident_directory, cache.policy), notes);
+  }
   return result;
 }
 
-int run(const DecodeOptions& options) {
-  const Model model(options.model_directory);
-  const ModelConfig& config = model.config();
-  const std::optional<Tokenizer> tokenizer = find_tokenizer(options, model);
-  const std::vector<TokenId> prompt = prompt_tokens(options, model, tokenizer);
+/// Reports what cannot be built or written before any time is spent on decoding.
+void try_out(const Work& work) {
+  const DecodeOptions& options = work.options;
+  const ModelConfig& config = work.model.config();
   if (options.cache.dense_layers > config.layers) {
     throw UsageError("--dense-layers is " + std::to_string(options.cache.dense_layers) + ", the model has " +
                      std::to_string(config.layers) + " layers");
   }
-  if (config.max_positions != 0 && prompt.size() + options.max_new > config.max_positions) {
-    complain("note: " + std::to_string(prompt.size() + options.max_new) + " tokens exceed the model's " +
-                 std::to_string(config.max_positions) + " positions, beyond which it was not trained",
-             0);
+  if (options.forks > config.vocab_size) {
+    throw UsageError("--fork is " + std::to_string(options.forks) + ", the model has " +
+                     std::to_string(config.vocab_size) + " tokens to begin with");
   }
-  // What cannot be built or written is reported before any time is spent on decoding.
+  std::size_t longest = 0;
+  for (const auto& prompt : work.prompts) longest = std::max(longest, prompt.size());
+  const std::size_t tokens = work.text_before().size() + longest + options.max_new;
+  if (tokens > work.max_tokens) {
+    throw UsageError("the sequence would grow to " + std::to_string(tokens) + " tokens, but has room for " +
+                     std::to_string(work.max_tokens) + (work.saved ? "; --save it with a larger --max-tokens" : ""));
+  }
+  if (config.max_positions != 0 && tokens > config.max_positions) {
+    note(std::to_string(tokens) + " tokens exceed the model's " + std::to_string(config.max_positions) +
+         " positions, beyond which it was not trained");
+  }
   for (const CacheChoice& cache : options.caches) {
-    (void)Decoder(model, cache, prompt.size() + options.max_new);
+    (void)Decoder(work.model, cache, work.max_tokens);
+    (void)PolicyRun(options, cache, work.model, work.prompts, work.max_tokens, work.text_before());
     for (const std::string& directory : {options.trace_directory, options.resident_directory}) {
       if (!directory.empty()) ensure_directory(policy_directory(options, directory, cache.policy));
     }
   }
+}
 
-  DecodeReport report(options, prompt);
+Work plan_work(const DecodeOptions& options, const Model& model, const std::optional<Tokenizer>& tokenizer) {
+  Work work{options, model, tokenizer, {}, {}};
+  if (!options.load_file.empty()) {
+    work.saved.emplace(options.load_file, model);
+    work.prompts.emplace_back();
+    work.max_tokens = work.saved->max_tokens();
+    const auto& eos = model.config().eos_tokens;
+    if (std::find(eos.begin(), eos.end(), work.saved->text().back()) != eos.end()) {
+      throw UsageError(options.load_file + ": the text has ended, its last token is an end of text");
+    }
+    return work;
+  }
+  work.prompts = prompt_tokens(options, model, tokenizer, note);
+  work.max_tokens = options.max_tokens;
+  if (work.max_tokens != 0) return work;
+  for (const auto& prompt : work.prompts) {
+    work.max_tokens = std::max(work.max_tokens, prompt.size() + options.max_new);
+  }
+  return work;
+}
+
+int run(const DecodeOptions& options) {
+  const Model model(options.model_directory);
+  const std::optional<Tokenizer> tokenizer = find_tokenizer(options, model);
+  Work work = plan_work(options, model, tokenizer);
+  try_out(work);
+
+  DecodeReport report(options, work.texts());
   const auto write_json = [&](bool complete) {
     using Json = nlohmann::ordered_json;
     const std::string text = report.json(complete).dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -135,12 +187,15 @@ int run(const DecodeOptions& options) {
   const bool rewrite_json = !options.json_file.empty() && !is_stream(options.json_file);
   if (rewrite_json) write_json(false);
   catch_interrupts();
+  std::optional<LiveText> live;  // JSON that goes to a stream may go to this one, so nothing gets in its way
+  if (work.one_sequence() && !options.compare && !is_stream(options.json_file)) live.emplace(std::cout, tokenizer);
   for (std::size_t i = 0; i < options.caches.size() && !interrupted(); ++i) {
-    report.add(run_policy(options, model, tokenizer, prompt, options.caches[i]));
+    report.add(run_policy(work, options.caches[i], live ? &*live : nullptr));
     if (rewrite_json) write_json(!interrupted() && i + 1 == options.caches.size());
   }
+  if (live) live->finish();
   if (!options.json_file.empty() && !rewrite_json) write_json(!interrupted());
-  report.print(std::cout);
+  report.print(std::cout, live.has_value());
   std::cout.flush();
   return interrupted() ? complain("interrupted; what was finished is above", interrupted_exit_code) : 0;
 }
@@ -148,7 +203,7 @@ int run(const DecodeOptions& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("Decodes a prompt greedily, every layer's keys and values in one sparse cache, and says what it cost.",
+  CLI::App app("Decodes prompts greedily, every layer's keys and values in one sparse cache, and says what it cost.",
                "decode");
   return run_program(app, "not enough memory for this model, --max-new and policy",
                      [&] { return run(parse_decode_options(app, argc, argv)); });

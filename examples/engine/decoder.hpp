@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <functional>
 #include <kvsparse/cache/any_cache.hpp>
+#include <kvsparse/interop/snapshot.hpp>
+#include <numeric>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -52,6 +54,7 @@ struct CacheTotals {
   std::size_t peak_resident_tokens = 0;   // of the fullest kv head of the fullest layer
   std::uint64_t peak_resident_bytes = 0;  // all layers and heads together
   std::uint64_t evicted_tokens = 0;       // all layers and heads together
+  std::uint64_t shared_bytes = 0;         // resident bytes that a fork holds too
 };
 
 /// A cache refused a token or a query, e.g. a prompt too long to pin. what() names the policy.
@@ -110,6 +113,37 @@ class Decoder {
   /// A decoder without caches, which reads one token at a time and leaves the attention to `attention`.
   Decoder(const Model& model, LayerAttention attention) : model_(model), attention_(std::move(attention)) { resize(1); }
 
+  /// A decoder that goes on from here by itself and shares the pages until one of the two writes into them. Nobody
+  /// observes it yet.
+  Decoder fork() {
+    std::vector<kvsparse::AnyCache> caches;
+    caches.reserve(caches_.size());
+    for (kvsparse::AnyCache& cache : caches_) caches.push_back(cache.fork());
+    return Decoder(*this, std::move(caches));
+  }
+
+  /// Writes what load() needs to go on to the bit. Throws kvsparse::SnapshotError when the stream fails.
+  void save(std::ostream& out) const {
+    const Vector newest = hidden_.col(newest_);
+    const std::uint64_t hash = fnv1a(newest);
+    out.write(reinterpret_cast<const char*>(newest.data()), hidden_bytes());
+    out.write(reinterpret_cast<const char*>(&hash), sizeof hash);
+    for (const kvsparse::AnyCache& cache : caches_) kvsparse::save(cache, out);
+  }
+
+  /// Becomes the decoder that was saved, which had the same model and caches. Throws kvsparse::SnapshotError for other
+  /// caches and for damage; then the decoder can only be destroyed.
+  void load(std::istream& in) {
+    resize(1);
+    newest_ = 0;
+    std::uint64_t hash = 0;
+    in.read(reinterpret_cast<char*>(hidden_.data()), hidden_bytes());
+    in.read(reinterpret_cast<char*>(&hash), sizeof hash);
+    if (!in || hash != fnv1a(hidden_.col(0))) throw kvsparse::SnapshotError("the newest hidden state is damaged");
+    for (kvsparse::AnyCache& cache : caches_) kvsparse::load(cache, in);
+    position_ = static_cast<std::size_t>(caches_.front().next_position().value);
+  }
+
   void observe(LayerObserver* observer) { observers_.push_back(observer); }
 
   /// Attention runs on the threads of `executor`, which must outlive the decoder's use; by default on the caller's.
@@ -130,17 +164,43 @@ class Decoder {
 
   /// Reads the next tokens of the prompt, prompt_chunk() at most. All of them come before the first feed(). Throws
   /// CacheRefusal, as feed() does.
-  void feed_prompt(std::span<const TokenId> tokens) { forward(tokens, true); }
+  void feed_prompt(std::span<const TokenId> tokens) { forward(tokens, Reading::prompt); }
+
+  /// Reads tokens that may be taken back: the next one of the answer, and guesses at those after it. Weights are read
+  /// once for all of them. Each cache sees them one by one and is forked before each guess, so that what is kept was
+  /// decoded as without guesses, evictions included (AnyCache::append_draft evicts nothing on behalf of guesses, and
+  /// the right ones see more than they would). That takes a page more for each guess, layer and kv head. Until
+  /// keep_of_draft() nothing else may be read. Not for decoders without caches. Throws CacheRefusal.
+  void feed_draft(std::span<const TokenId> tokens) {
+    before_guess_.resize(caches_.size());
+    forward(tokens, Reading::draft);
+  }
+
+  /// Scores of every token as the successor of the draft's token `index`, from 0.
+  const Vector& logits_of_draft(std::size_t draft_index) {
+    newest_ = index(draft_index);
+    return logits();
+  }
+
+  /// Keeps the first `tokens` of the draft, at least one; it is as if the others had never come.
+  void keep_of_draft(std::size_t tokens) {
+    const auto read = static_cast<std::size_t>(hidden_.cols());
+    for (std::size_t layer = 0; layer < caches_.size(); ++layer) {
+      if (tokens < read) caches_[layer] = std::move(before_guess_[layer][tokens - 1]);
+      before_guess_[layer].clear();
+    }
+    newest_ = index(tokens) - 1;
+    position_ -= read - tokens;
+  }
 
   /// Reads one token of the answer.
-  void feed(TokenId token) { forward({&token, 1}, false); }
+  void feed(TokenId token) { forward({&token, 1}, Reading::answer); }
 
   /// Scores of every token as the successor of the last one read.
   const Vector& logits() {
     logits_.resize(index(model_.config().vocab_size));
-    const Eigen::Index last = hidden_.cols() - 1;
-    model_.final_norm().apply(hidden_.col(last), normed_.col(last));
-    model_.head().apply(normed_.col(last), logits_);
+    model_.final_norm().apply(hidden_.col(newest_), normed_.col(newest_));
+    model_.head().apply(normed_.col(newest_), logits_);
     return logits_;
   }
 
@@ -156,12 +216,30 @@ class Decoder {
       totals.peak_resident_tokens = std::max<std::size_t>(totals.peak_resident_tokens, stats.peak_resident_tokens);
       totals.peak_resident_bytes += stats.peak_resident_bytes;
       totals.evicted_tokens += stats.evicted_tokens;
+      totals.shared_bytes += stats.shared_bytes;
     }
     return totals;
   }
 
  private:
+  enum class Reading { prompt, answer, draft };
+
+  Decoder(const Decoder& parent, std::vector<kvsparse::AnyCache> caches)
+      : model_(parent.model_),
+        caches_(std::move(caches)),
+        executor_(parent.executor_),
+        tokens_kept_(parent.tokens_kept_),
+        prompt_chunk_(parent.prompt_chunk_),
+        position_(parent.position_) {
+    resize(1);
+    hidden_ = parent.hidden_.col(parent.newest_);
+  }
+
   static Eigen::Index index(std::size_t value) { return static_cast<Eigen::Index>(value); }
+
+  std::streamsize hidden_bytes() const {
+    return static_cast<std::streamsize>(model_.config().hidden_size * sizeof(float));
+  }
 
   /// Makes room for the columns of a chunk; decoding, where all are of one token, allocates nothing.
   void resize(std::size_t tokens) {
@@ -175,24 +253,25 @@ class Decoder {
     for (Eigen::MatrixXf* matrix : {&cosines_, &sines_}) matrix->resize(index(c.head_dim / 2), index(tokens));
   }
 
-  void forward(std::span<const TokenId> tokens, bool is_prompt) {
+  void forward(std::span<const TokenId> tokens, Reading reading) {
     for (const TokenId token : tokens) {
       if (token >= model_.config().vocab_size) throw std::out_of_range("token id is not in the vocabulary");
     }
     resize(tokens.size());
+    newest_ = index(tokens.size()) - 1;
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       hidden_.col(index(i)) = model_.embedding(tokens[i]);
       set_angles(index(i), position_ + i);
     }
     for (std::size_t layer = 0; layer < model_.layers().size(); ++layer) {
       const LayerWeights& weights = model_.layers()[layer];
-      attention(weights, layer, is_prompt);
+      attention(weights, layer, reading);
       mlp(weights);
     }
     position_ += tokens.size();
   }
 
-  void attention(const LayerWeights& weights, std::size_t layer, bool is_prompt) {
+  void attention(const LayerWeights& weights, std::size_t layer, Reading reading) {
     weights.attention_norm.apply(hidden_, normed_);
     weights.query.apply(normed_, query_);
     weights.key.apply(normed_, key_);
@@ -202,29 +281,40 @@ class Decoder {
       rotate(key_.col(i), i);
     }
     if (attention_) {
-      attention_(layer, is_prompt, values(query_), values(key_), values(value_),
+      attention_(layer, reading == Reading::prompt, values(query_), values(key_), values(value_),
                  {attended_.data(), static_cast<std::size_t>(attended_.size())});
     } else {
-      cached_attention(caches_[layer], is_prompt);
-      notify(layer, is_prompt);
+      cached_attention(layer, reading);
+      notify(layer, reading == Reading::prompt);
     }
     weights.output.apply(attended_, update_);
     hidden_ += update_;
   }
 
-  void cached_attention(kvsparse::AnyCache& cache, bool is_prompt) {
-    const ModelConfig& c = model_.config();
-    if (is_prompt) {
-      const auto tokens = static_cast<std::size_t>(query_.cols());
-      require(cache, cache.append_prompt(values(key_), values(value_)));
-      require(cache, cache.attend_prompt(
-                         kvsparse::TokenRows<const float>(query_.data(), tokens, c.query_heads, c.head_dim),
-                         kvsparse::TokenRows<float>(attended_.data(), tokens, c.query_heads, c.head_dim), executor_));
-    } else {
-      require(cache, cache.append(values(key_), values(value_)));
-      require(cache, cache.attend(values(query_), {attended_.data(), static_cast<std::size_t>(attended_.size())}, {},
-                                  executor_));
+  void cached_attention(std::size_t layer, Reading reading) {
+    kvsparse::AnyCache& cache = caches_[layer];
+    if (reading == Reading::answer) return append_and_attend(cache, 0);
+    if (reading == Reading::draft) {
+      for (Eigen::Index token = 0; token < query_.cols(); ++token) {
+        if (token > 0) before_guess_[layer].push_back(cache.fork());
+        append_and_attend(cache, token);
+      }
+      return;
     }
+    const ModelConfig& c = model_.config();
+    const auto tokens = static_cast<std::size_t>(query_.cols());
+    require(cache, cache.append_prompt(values(key_), values(value_)));
+    require(cache, cache.attend_prompt(
+                       kvsparse::TokenRows<const float>(query_.data(), tokens, c.query_heads, c.head_dim),
+                       kvsparse::TokenRows<float>(attended_.data(), tokens, c.query_heads, c.head_dim), executor_));
+  }
+
+  void append_and_attend(kvsparse::AnyCache& cache, Eigen::Index token) {
+    const auto column = [&](auto& matrix) {
+      return std::span(matrix.col(token).data(), static_cast<std::size_t>(matrix.rows()));
+    };
+    require(cache, cache.append(column(std::as_const(key_)), column(std::as_const(value_))));
+    require(cache, cache.attend(column(std::as_const(query_)), column(attended_), {}, executor_));
   }
 
   void mlp(const LayerWeights& weights) {
@@ -282,13 +372,15 @@ class Decoder {
 
   const Model& model_;
   std::vector<kvsparse::AnyCache> caches_;
-  LayerAttention attention_;  // instead of them, if there is one
+  LayerAttention attention_;                                   // instead of them, if there is one
+  std::vector<std::vector<kvsparse::AnyCache>> before_guess_;  // per layer, of the draft under way
   kvsparse::ExecutorRef executor_{serial_};
   std::vector<LayerObserver*> observers_;
   std::chrono::duration<double> time_in_observers_{0.0};
   std::size_t tokens_kept_ = SIZE_MAX;  // as long as no more came, the policy keeps and reads every token
   std::size_t prompt_chunk_ = 1;
   std::size_t position_ = 0;
+  Eigen::Index newest_ = 0;  // the column of the newest token
   // Of the latest chunk, one column per token.
   Eigen::MatrixXf query_, key_, value_, attended_;
   Eigen::MatrixXf hidden_, normed_, update_;
@@ -296,6 +388,19 @@ class Decoder {
   Vector logits_;
   Eigen::MatrixXf cosines_, sines_;
 };
+
+/// The `count` most likely tokens, the likeliest first, the lowest id among equals; all if there are fewer.
+inline std::vector<TokenId> most_likely(const Vector& logits, std::size_t count) {
+  std::vector<TokenId> tokens(static_cast<std::size_t>(logits.size()));
+  std::iota(tokens.begin(), tokens.end(), TokenId{0});
+  const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(std::min(count, tokens.size()));
+  std::partial_sort(tokens.begin(), end, tokens.end(), [&](TokenId a, TokenId b) {
+    const float of_a = logits[static_cast<Eigen::Index>(a)], of_b = logits[static_cast<Eigen::Index>(b)];
+    return of_a > of_b || (of_a == of_b && a < b);
+  });
+  tokens.erase(end, tokens.end());
+  return tokens;
+}
 
 /// The most likely token, the lowest id among equals. Throws when the model computes no numbers.
 inline TokenId greedy_choice(const Vector& logits) {

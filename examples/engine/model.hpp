@@ -6,6 +6,8 @@
 #include <Eigen/Core>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <numbers>
 #include <optional>
@@ -24,6 +26,16 @@ using ConstVectorMap = Eigen::Map<const Eigen::VectorXf>;
 /// One column per token.
 using Columns = Eigen::Ref<Eigen::MatrixXf>;
 using ConstColumns = Eigen::Ref<const Eigen::MatrixXf>;
+
+/// A hash of the values' bits, which continues `hash`.
+inline std::uint64_t fnv1a(const Eigen::Ref<const Vector>& values, std::uint64_t hash = 0xcbf29ce484222325) {
+  for (const float value : values) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &value, sizeof bits);
+    hash = (hash ^ bits) * 0x100000001b3;
+  }
+  return hash;
+}
 
 /// y = W x + b. Weights are kept as float32 whatever the file holds.
 class Linear {

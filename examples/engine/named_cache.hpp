@@ -19,4 +19,9 @@ using CacheFactory = std::function<kvsparse::AnyCache(std::string_view policy, k
 kvsparse::AnyCache named_cache(std::string_view policy, kvsparse::ScalarType dtype, const kvsparse::CacheConfig& config,
                                std::span<const kvsparse::OptionSetting> settings = {});
 
+/// The same over pages of a pool, stored as the pool stores them.
+kvsparse::AnyCache named_cache_over(const kvsparse::AnyPagePool& pool, std::string_view policy,
+                                    const kvsparse::CacheConfig& config,
+                                    std::span<const kvsparse::OptionSetting> settings = {});
+
 }  // namespace kvsparse_tools

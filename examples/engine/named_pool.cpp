@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "named_pool.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace kvsparse_tools {
+
+namespace {
+
+kvsparse::Geometry geometry_of(const ModelConfig& model, const CacheChoice& choice) {
+  return {model.query_heads, model.kv_heads, model.head_dim, choice.page_size};
+}
+
+/// What the policy, with its options, needs; a preset among them is applied before the others, as AnyCache does.
+kvsparse::PageSummary summary_of(const CacheChoice& choice) {
+  kvsparse::PageSummary summary = kvsparse::PageSummary::none;
+  kvsparse::detail::visit_policies(kvsparse::KnownPolicies{}, [&]<class Policy>() {
+    if (Policy::name != choice.policy) return;
+    Policy policy;
+    for (const bool presets : {true, false}) {
+      for (const kvsparse::OptionSetting& setting : choice.settings.options) {
+        if ((setting.key == "preset") == presets) (void)kvsparse::set_option(policy, setting);
+      }
+    }
+    summary = kvsparse::traits::page_summary(policy);
+  });
+  return summary;
+}
+
+template <class Scalar>
+std::uint64_t pool_bytes(const ModelConfig& model, const CacheChoice& choice, std::size_t pages) {
+  return kvsparse::PagePool<Scalar>::bytes_required(geometry_of(model, choice), summary_of(choice), pages);
+}
+
+}  // namespace
+
+NamedPool::NamedPool(const ModelConfig& model, const CacheChoice& choice, std::uint64_t bytes)
+    : pool_(kvsparse::any_page_pool(choice.dtype, geometry_of(model, choice), summary_of(choice), bytes)) {}
+
+std::size_t NamedPool::pages_for(const ModelConfig& model, const CacheChoice& choice, std::size_t tokens) {
+  const std::size_t page = std::max<std::size_t>(choice.page_size, 1);
+  const std::size_t whole = (tokens + page - 1) / page;
+  const bool evicts = kvsparse::policy_facts(choice.policy).evicts;
+  const std::size_t capped = evicts ? std::min(whole, choice.budget_tokens / page) : whole;
+  const std::size_t dense_layers = std::min(choice.dense_layers, model.layers);
+  return (dense_layers * whole + (model.layers - dense_layers) * capped) * model.kv_heads;
+}
+
+std::uint64_t NamedPool::bytes_of(const ModelConfig& model, const CacheChoice& choice, std::size_t pages) {
+  switch (choice.dtype) {
+    case kvsparse::ScalarType::f32: return pool_bytes<float>(model, choice, pages);
+    case kvsparse::ScalarType::f16: return pool_bytes<kvsparse::Half>(model, choice, pages);
+    case kvsparse::ScalarType::bf16: return pool_bytes<kvsparse::Bfloat16>(model, choice, pages);
+    case kvsparse::ScalarType::int8: return pool_bytes<kvsparse::Int8>(model, choice, pages);
+  }
+  throw std::logic_error("unknown storage type");
+}
+
+}  // namespace kvsparse_tools
