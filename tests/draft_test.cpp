@@ -416,6 +416,7 @@ TEST(Truncate, AForkKeepsWhatTheOtherTakesBack) {
   PagedKvCache<Quest> fork = cache.fork();
   PagedKvCache<Quest> kept(cache), rejected(cache);
   ASSERT_TRUE(cache.truncate(Position{19}).ok());
+  EXPECT_EQ(cache.stats().evicted_shared_pages, 0U) << "what was taken back was not evicted";
   ASSERT_TRUE(rejected.truncate(Position{19}).ok());
   for (std::uint64_t t = 0; t < 30; ++t) {
     const Chunk token(1000 + t, 1);

@@ -119,7 +119,8 @@ class LayerDrafts : public LayerPages<Policy> {
 
   /// Takes back the tokens from `position` on, so that everything goes on as if they had never come, and accepts the
   /// drafts before it. For the summary of a page's keys the owner may have a member summarize(PageId, Slot): add the
-  /// slot's key, the first slot anew. Call with a position in oldest_reachable() .. next_position().
+  /// slot's key, the first slot anew; and release_truncated(PageId), to tell such pages from
+  /// evicted ones. Call with a position in oldest_reachable() .. next_position().
   template <PageOwner Owner>
   void truncate(Position position, Owner& owner) noexcept {
     const Position first = first_draft_;
@@ -192,7 +193,12 @@ class LayerDrafts : public LayerPages<Policy> {
     for (Head& head : this->heads_) {
       std::size_t pages = head.table.size();
       while (pages > 0 && head.table[{static_cast<std::uint32_t>(pages - 1)}].first_position >= position) {
-        owner.release(head.table[{static_cast<std::uint32_t>(--pages)}].page);
+        const PageId page = head.table[{static_cast<std::uint32_t>(--pages)}].page;
+        if constexpr (requires { owner.release_truncated(page); }) {
+          owner.release_truncated(page);
+        } else {
+          owner.release(page);
+        }
       }
       if (pages == 0) {
         head.table.clear();

@@ -321,6 +321,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
       if (cache.pool_.is_shared(page)) ++cache.evicted_shared_pages_;
       cache.pool_.release(page);
     }
+    void release_truncated(PageId page) { cache.pool_.release(page); }
   };
 
   Status check_pool(std::size_t tokens) const noexcept {
