@@ -3,14 +3,16 @@
 // Memory is allocated at construction, as much as bytes_required said, and never again.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "../examples/common/allocation_counter.hpp"
-#include "kvsparse/cache/any_cache.hpp"
+#include "common/allocation_counter.hpp"
+#include "engine/named_cache.hpp"
 #include "kvsparse/interop/eigen_executor.hpp"
 #include "kvsparse/interop/page_lists.hpp"
 #include "kvsparse/interop/thread_team.hpp"
@@ -41,39 +43,34 @@ CacheConfig config_of(std::size_t page_size, std::size_t group) {
   return config;
 }
 
-/// Calls visit<Policy, Scalar>() for every policy of the name table, compositions included, and every storage type.
+/// Calls visit(make) for every policy of the name table, compositions included, in every storage type, under options
+/// that change what it asks of the cache; make(config) is such a cache.
 template <class Visit>
 void for_every_cache(Visit&& visit) {
-  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
-    const auto with = [&]<class Scalar>() {
-      SCOPED_TRACE(std::string(Policy::name) + " in " + std::string(scalar_name<Scalar>));
-      visit.template operator()<Policy, Scalar>();
-    };
-    with.template operator()<float>();
-    with.template operator()<Half>();
-    with.template operator()<Bfloat16>();
-    with.template operator()<Int8>();
-  });
+  using Settings = std::vector<OptionSetting>;
+  for (const std::string& policy : policy_names()) {
+    const std::vector<std::string> keys = policy_facts(policy).option_keys;
+    std::vector<Settings> variants(1);
+    const Settings options{{"evidence", "quest_bound"}, {"pool", "query_head"}, {"used", "rank"}};
+    for (const OptionSetting& option : options) {
+      if (std::find(keys.begin(), keys.end(), option.key) != keys.end()) variants.push_back({option});
+    }
+    for (const std::string_view scalar : scalar_type_names) {
+      for (const Settings& settings : variants) {
+        SCOPED_TRACE(policy + " in " + std::string(scalar) +
+                     (settings.empty() ? "" : " with " + settings[0].key + " = " + settings[0].value));
+        visit([&](const CacheConfig& config) {
+          return kvsparse_tools::named_cache(policy, scalar_type(scalar), config, settings);
+        });
+      }
+    }
+  }
 }
 
-/// Policies under options that change what they ask of the cache.
-template <class Policy>
-std::vector<Policy> variants() {
-  std::vector<Policy> result(1);
-  const auto add = [&](const char* key, const char* value) {
-    Policy policy;
-    if (set_option(policy, {key, value})) result.push_back(policy);
-  };
-  add("evidence", "quest_bound");
-  add("pool", "query_head");
-  add("used", "rank");
-  return result;
-}
-
-template <class Policy, class Scalar>
-void expect_a_decode_without_allocations(std::size_t page_size, std::size_t group, const Policy& policy) {
+template <class Make>
+void expect_a_decode_without_allocations(std::size_t page_size, std::size_t group, Make&& make) {
   const CacheConfig config = config_of(page_size, group);
-  PagedKvCache<Policy, Scalar> cache(config, policy);
+  AnyCache cache = make(config);
   TestRng rng(page_size);
   const std::size_t prompt = 2 * page_size + 1;
   const std::size_t kv = 2 * 20;
@@ -87,16 +84,18 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
   bool ok = true;
   for (int round = 0; round < 2; ++round) {
     ok = ok && cache.append_prompt(k, v).ok();
-    ok = ok && attend_prompt(cache, TokenRows<const float>(q.data(), prompt, 2 * group, 20),
-                             TokenRows<float>(out.data(), prompt, 2 * group, 20))
+    ok = ok && cache
+                   .attend_prompt(TokenRows<const float>(q.data(), prompt, 2 * group, 20),
+                                  TokenRows<float>(out.data(), prompt, 2 * group, 20))
                    .ok();
     cache.end_prompt();
     for (std::size_t t = prompt; t < config.max_tokens; ++t) {
       const std::size_t row = t % prompt;
       ok =
           ok && cache.append(std::span<const float>(k).subspan(row * kv, kv), std::span<const float>(v).first(kv)).ok();
-      ok = ok && attend(cache, std::span<const float>(q).subspan(row * group * kv, group * kv),
-                        std::span<float>(out).first(group * kv), lse)
+      ok = ok && cache
+                     .attend(std::span<const float>(q).subspan(row * group * kv, group * kv),
+                             std::span<float>(out).first(group * kv), lse)
                      .ok();
       lists.clear();
       ok = ok && list_resident(cache, lists).ok() && lists.rows() == 2;
@@ -113,12 +112,10 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
 }
 
 TEST(Allocations, ThereAreNoneInADecodeStepOfAnyPolicyInAnyStorageType) {
-  for_every_cache([]<class Policy, class Scalar>() {
-    for (const Policy& policy : variants<Policy>()) {
-      expect_a_decode_without_allocations<Policy, Scalar>(1, 1, policy);
-      expect_a_decode_without_allocations<Policy, Scalar>(7, 3, policy);
-      expect_a_decode_without_allocations<Policy, Scalar>(16, 4, policy);
-    }
+  for_every_cache([](auto&& make) {
+    expect_a_decode_without_allocations(1, 1, make);
+    expect_a_decode_without_allocations(7, 3, make);
+    expect_a_decode_without_allocations(16, 4, make);
   });
 }
 
@@ -133,17 +130,26 @@ void expect_the_bytes_that_were_announced(const CacheConfig& config, const Polic
   EXPECT_EQ(live_bytes(), before) << "not everything was given back";
 }
 
+template <class Make>
+void expect_the_bytes_that_a_handle_tells(const CacheConfig& config, Make&& make) {
+  const std::size_t before = live_bytes();
+  {
+    const AnyCache cache = make(config);
+    EXPECT_EQ(live_bytes() - before, cache.bytes_allocated() + cache.object_bytes())
+        << "page size " << config.page_size << ", head_dim " << config.head_dim;
+  }
+  EXPECT_EQ(live_bytes(), before) << "not everything was given back";
+}
+
 TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
-  for_every_cache([]<class Policy, class Scalar>() {
-    for (const Policy& policy : variants<Policy>()) {
-      for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
-        CacheConfig config = config_of(page_size, 3);
-        expect_the_bytes_that_were_announced<Policy, Scalar>(config, policy);
-        config.head_dim = 128;
-        config.prompt_overflow = PromptOverflow::grow;
-        config.max_prompt_tokens = 11 * page_size;
-        expect_the_bytes_that_were_announced<Policy, Scalar>(config, policy);
-      }
+  for_every_cache([](auto&& make) {
+    for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
+      CacheConfig config = config_of(page_size, 3);
+      expect_the_bytes_that_a_handle_tells(config, make);
+      config.head_dim = 128;
+      config.prompt_overflow = PromptOverflow::grow;
+      config.max_prompt_tokens = 11 * page_size;
+      expect_the_bytes_that_a_handle_tells(config, make);
     }
   });
 }
@@ -181,7 +187,11 @@ TEST(Allocations, APolicyThatAsksForEverythingGetsItAtConstruction) {
   for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
     expect_the_bytes_that_were_announced<Everything, float>(config_of(page_size, 3), {});
     expect_the_bytes_that_were_announced<Everything, Half>(config_of(page_size, 3), {});
-    expect_a_decode_without_allocations<Everything, float>(page_size, 3, {});
+    const auto make = [](const CacheConfig& config) {
+      return AnyCache::of<Everything, float>(ScalarType::f32, config);
+    };
+    expect_a_decode_without_allocations(page_size, 3, make);
+    expect_the_bytes_that_a_handle_tells(config_of(page_size, 3), make);
   }
 }
 
@@ -267,14 +277,6 @@ TEST(Allocations, ThereAreNoneOnSeveralThreads) {
   };
   with(team);
   with(eigen);
-}
-
-TEST(Allocations, AnAnyCacheTellsWhatItTook) {
-  for (const std::size_t page_size : {1U, 16U}) {
-    const std::size_t before = live_bytes();
-    const AnyCache cache = AnyCache::of<Everything, float>(ScalarType::f32, config_of(page_size, 3));
-    EXPECT_EQ(live_bytes() - before, cache.bytes_allocated() + cache.object_bytes());
-  }
 }
 
 TEST(Allocations, ACopyCostsWhatTheOriginalCost) {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a program gets its caches. named_cache() is compiled once, in the library kvsparse_engine: it instantiates every
-// policy of the name table for every storage type, which takes most of a minute.
+// How programs and tests get their caches. Every policy of the name table is compiled for every storage type once, in
+// the library kvsparse_named_cache: in several parts, so that a machine's cores share the work.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 #include <kvsparse/cache/any_cache.hpp>
+#include <optional>
 #include <span>
 #include <string_view>
 
@@ -23,5 +25,13 @@ kvsparse::AnyCache named_cache(std::string_view policy, kvsparse::ScalarType dty
 kvsparse::AnyCache named_cache_over(const kvsparse::AnyPagePool& pool, std::string_view policy,
                                     const kvsparse::CacheConfig& config,
                                     std::span<const kvsparse::OptionSetting> settings = {});
+
+/// For those two: the policies whose place in the table is Part, modulo Parts; nothing for the others. pool: null for
+/// pages of the cache's own. CMakeLists.txt writes a translation unit for each part.
+template <std::size_t Part, std::size_t Parts>
+std::optional<kvsparse::AnyCache> named_cache_of_part(std::string_view policy, kvsparse::ScalarType dtype,
+                                                      const kvsparse::CacheConfig& config,
+                                                      std::span<const kvsparse::OptionSetting> settings,
+                                                      const kvsparse::AnyPagePool* pool);
 
 }  // namespace kvsparse_tools

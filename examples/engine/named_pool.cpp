@@ -15,7 +15,7 @@ kvsparse::Geometry geometry_of(const ModelConfig& model, const CacheChoice& choi
 /// What the policy, with its options, needs; a preset among them is applied before the others, as AnyCache does.
 kvsparse::PageSummary summary_of(const CacheChoice& choice) {
   kvsparse::PageSummary summary = kvsparse::PageSummary::none;
-  kvsparse::detail::visit_policies(kvsparse::KnownPolicies{}, [&]<class Policy>() {
+  kvsparse::detail::visit_policies(kvsparse::NamedPolicies{}, [&]<class Policy>() {
     if (Policy::name != choice.policy) return;
     Policy policy;
     for (const bool presets : {true, false}) {

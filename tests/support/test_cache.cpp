@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "test_cache.hpp"
 
-#include "kvsparse/cache/any_cache.hpp"
+#include "engine/named_cache.hpp"
 #include "kvsparse/interop/snapshot.hpp"
 
 namespace kvsparse_test {
@@ -16,7 +16,7 @@ struct TestCache::Hidden {
 
 TestCache::TestCache(std::string_view policy, kvsparse::ScalarType scalar, const kvsparse::CacheConfig& config,
                      const Settings& settings)
-    : hidden_(new Hidden{kvsparse::AnyCache(policy, scalar, config, settings)}) {}
+    : hidden_(new Hidden{kvsparse_tools::named_cache(policy, scalar, config, settings)}) {}
 TestCache::TestCache(const TestCache& other) : hidden_(new Hidden{other.hidden_->cache}) {}
 TestCache& TestCache::operator=(const TestCache& other) {
   hidden_->cache = other.hidden_->cache;

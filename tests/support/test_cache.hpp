@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// AnyCache behind a wall: its header instantiates every policy for every storage type, which one translation unit
-// (test_cache.cpp) pays for all tests.
+// A cache chosen by name, as tests want it: with positions that are plain numbers.
 #pragma once
 
 #include <iosfwd>

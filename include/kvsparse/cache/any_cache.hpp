@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A cache whose policy and storage type are chosen by name at run time: one virtual call for each layer and step,
-// nothing per page. Not part of the umbrella header: it instantiates every policy of the name table for every storage
-// type.
+// nothing per page. Not part of the umbrella header.
 #pragma once
 
 #include <memory>
@@ -12,88 +11,16 @@
 #include <variant>
 #include <vector>
 
-#include "../policy/dense.hpp"
-#include "../policy/h2o.hpp"
-#include "../policy/kindred.hpp"
-#include "../policy/options.hpp"
-#include "../policy/oracle.hpp"
-#include "../policy/quest.hpp"
-#include "../policy/raas.hpp"
-#include "../policy/random.hpp"
-#include "../policy/streaming_llm.hpp"
+#include "../policy/name_table.hpp"
 #include "attend.hpp"
 
 namespace kvsparse {
-
-template <class... Policies>
-struct PolicyList {};
-
-/// The name table: a new policy is one more name here. "a+b" composes every evictor a with every selector b of it.
-using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Kindred, Random, Oracle>;
-
-namespace detail {
-
-/// Calls visit.template operator()<Policy>() for every policy of the table, then for every composition.
-template <class Visit, class... Policies>
-void visit_policies(PolicyList<Policies...>, Visit&& visit) {
-  (visit.template operator()<Policies>(), ...);
-  const auto compose_with = [&]<class Evict>() {
-    const auto pair = [&]<class Select>() {
-      if constexpr (Evictor<Evict> && Selector<Select> && !Evictor<Select>) {
-        visit.template operator()<Compose<Evict, Select>>();
-      }
-    };
-    (pair.template operator()<Policies>(), ...);
-  };
-  (compose_with.template operator()<Policies>(), ...);
-}
-
-}  // namespace detail
-
-/// Names of the table, compositions included.
-inline std::vector<std::string> policy_names() {
-  std::vector<std::string> names;
-  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() { names.emplace_back(Policy::name); });
-  return names;
-}
-
-/// What a caller may want to know of a named policy before it configures a cache.
-struct PolicyFacts {
-  bool evicts = false;   ///< budget_tokens caps residency; without it the policy keeps max_tokens
-  bool selects = false;  ///< read_budget_tokens caps reads
-  std::vector<std::string> option_keys;
-};
 
 inline ScalarType scalar_type(std::string_view name) {
   for (std::size_t i = 0; i < std::size(scalar_type_names); ++i) {
     if (scalar_type_names[i] == name) return static_cast<ScalarType>(i);
   }
   KVSPARSE_THROW(ConfigError("storage type " + std::string(name) + " is not one of f32, f16, bf16, int8"));
-}
-
-namespace detail {
-
-inline std::string unknown_policy(std::string_view name) {
-  std::string sentence = "unknown policy " + std::string(name) + "; known are ";
-  for (const std::string& known : policy_names()) sentence += known + (known == policy_names().back() ? "" : ", ");
-  return sentence;
-}
-
-}  // namespace detail
-
-template <class Policy>
-PolicyFacts policy_facts() {
-  return {Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
-}
-
-/// Throws ConfigError, listing the known names, if there is no such policy.
-inline PolicyFacts policy_facts(std::string_view name) {
-  std::optional<PolicyFacts> facts;
-  detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
-    if (Policy::name == name) facts = policy_facts<Policy>();
-  });
-  if (!facts) KVSPARSE_THROW(ConfigError(detail::unknown_policy(name)));
-  return *facts;
 }
 
 /// A pool for caches whose storage type is known at run time alone.
@@ -115,13 +42,31 @@ class AnyCache {
  public:
   /// Throws ConfigError: unknown policy or option (the known ones are listed), bad option value, bad configuration.
   /// A preset among the settings is applied before the other settings.
+  ///
+  /// Compiles every policy of the list for every storage type, which takes most of a minute: call it in one place. A
+  /// template, so that the translation units that do not call it pay nothing.
+  template <class List = NamedPolicies>
   AnyCache(std::string_view policy, ScalarType scalar, const CacheConfig& config,
            std::span<const OptionSetting> settings = {})
-      : AnyCache(policy, scalar, config, nullptr, settings) {}
+      : AnyCache(known<List>(policy, scalar, config, settings, nullptr)) {}
   /// The same over pages of a pool that other caches may use too; keys and values are stored as the pool stores them.
+  template <class List = NamedPolicies>
   AnyCache(std::string_view policy, const CacheConfig& config, const AnyPagePool& pool,
            std::span<const OptionSetting> settings = {})
-      : AnyCache(policy, static_cast<ScalarType>(pool.index()), config, &pool, settings) {}
+      : AnyCache(known<List>(policy, static_cast<ScalarType>(pool.index()), config, settings, &pool)) {}
+
+  /// A cache of the policy of that name in a list, or nothing if none has it: for a name table of one's own, or for the
+  /// known one in parts (PartOfPolicies). pool: one of that storage type, or null for pages of its own. Throws
+  /// ConfigError as `of` does.
+  template <class List, StorageScalar... Scalars>
+  static std::optional<AnyCache> find(std::string_view policy, ScalarType scalar, const CacheConfig& config,
+                                      std::span<const OptionSetting> settings = {}, const AnyPagePool* pool = nullptr) {
+    std::optional<AnyCache> cache;
+    detail::visit_policies(List{}, [&]<class Policy>() {
+      if (Policy::name == policy) cache = AnyCache(make<Policy, Scalars...>(scalar, config, pool, settings));
+    });
+    return cache;
+  }
 
   /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
   /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all four unless
@@ -314,15 +259,15 @@ class AnyCache {
   };
 
   explicit AnyCache(std::unique_ptr<Interface> cache) : cache_(std::move(cache)) {}
-  AnyCache(std::string_view policy, ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
-           std::span<const OptionSetting> settings) {
-    detail::visit_policies(KnownPolicies{}, [&]<class Policy>() {
-      if (Policy::name == policy) cache_ = make<Policy>(scalar, config, pool, settings);
-    });
-    if (cache_ == nullptr) KVSPARSE_THROW(ConfigError(detail::unknown_policy(policy)));
+
+  template <class List>
+  static AnyCache known(std::string_view policy, ScalarType scalar, const CacheConfig& config,
+                        std::span<const OptionSetting> settings, const AnyPagePool* pool) {
+    std::optional<AnyCache> cache = find<List>(policy, scalar, config, settings, pool);
+    if (!cache) KVSPARSE_THROW(unknown_policy(policy));
+    return std::move(*cache);
   }
 
-  /// pool: null for one of its own.
   template <class Policy, StorageScalar... Scalars>
   static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
                                          std::span<const OptionSetting> settings) {

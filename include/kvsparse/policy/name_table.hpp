@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The policies that can be asked for by name at run time, and what is known of each before a cache is made. Types and
+// names alone: including it instantiates no cache.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "compose.hpp"
+#include "dense.hpp"
+#include "h2o.hpp"
+#include "kindred.hpp"
+#include "options.hpp"
+#include "oracle.hpp"
+#include "quest.hpp"
+#include "raas.hpp"
+#include "random.hpp"
+#include "streaming_llm.hpp"
+
+namespace kvsparse {
+
+template <class... Policies>
+struct PolicyList {};
+
+/// The name table: a new policy is one more name here.
+using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Kindred, Random, Oracle>;
+
+namespace detail {
+
+template <class... Lists>
+struct Joined;
+template <>
+struct Joined<> {
+  using List = PolicyList<>;
+};
+template <class... Policies>
+struct Joined<PolicyList<Policies...>> {
+  using List = PolicyList<Policies...>;
+};
+template <class... First, class... Second, class... Rest>
+struct Joined<PolicyList<First...>, PolicyList<Second...>, Rest...> : Joined<PolicyList<First..., Second...>, Rest...> {
+};
+
+template <class Evict, class Select>
+using CompositionIfAny = std::conditional_t<Evictor<Evict> && Selector<Select> && !Evictor<Select>,
+                                            PolicyList<Compose<Evict, Select>>, PolicyList<>>;
+
+template <class List>
+struct Compositions;
+template <class... Policies>
+struct Compositions<PolicyList<Policies...>> {
+  template <class Evict>
+  using Of = typename Joined<CompositionIfAny<Evict, Policies>...>::List;
+  using List = typename Joined<Of<Policies>...>::List;
+};
+
+template <class List, std::size_t Part, std::size_t Parts, class Indices>
+struct EveryNth;
+template <class... Policies, std::size_t Part, std::size_t Parts, std::size_t... Index>
+struct EveryNth<PolicyList<Policies...>, Part, Parts, std::index_sequence<Index...>>
+    : Joined<std::conditional_t<Index % Parts == Part, PolicyList<Policies>, PolicyList<>>...> {};
+
+template <class... Policies>
+constexpr auto indices_of(PolicyList<Policies...>) {
+  return std::index_sequence_for<Policies...>{};
+}
+
+/// Calls visit.template operator()<Policy>() for every policy of the list.
+template <class Visit, class... Policies>
+void visit_policies(PolicyList<Policies...>, Visit&& visit) {
+  (visit.template operator()<Policies>(), ...);
+}
+
+}  // namespace detail
+
+/// The policies of a list, then every evictor a of it with every selector b of it, by the name "a+b".
+template <class List>
+using WithCompositions = typename detail::Joined<List, typename detail::Compositions<List>::List>::List;
+
+/// All that has a name.
+using NamedPolicies = WithCompositions<KnownPolicies>;
+
+/// Every Parts-th policy of a list, from the Part-th on. Caches of many policies take long to compile; the parts of a
+/// table are compiled side by side, each in a translation unit of its own.
+template <class List, std::size_t Part, std::size_t Parts>
+using PartOfPolicies = typename detail::EveryNth<List, Part, Parts, decltype(detail::indices_of(List{}))>::List;
+
+/// What a caller may want to know of a named policy before it configures a cache.
+struct PolicyFacts {
+  bool evicts = false;   ///< budget_tokens caps residency; without it the policy keeps max_tokens
+  bool selects = false;  ///< read_budget_tokens caps reads
+  std::vector<std::string> option_keys;
+};
+
+template <class Policy>
+PolicyFacts policy_facts() {
+  return {Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
+}
+
+/// Names of a list of policies.
+template <class List = NamedPolicies>
+std::vector<std::string> policy_names() {
+  std::vector<std::string> names;
+  detail::visit_policies(List{}, [&]<class Policy>() { names.emplace_back(Policy::name); });
+  return names;
+}
+
+/// The facts of the policy of that name in a list, or nothing.
+template <class List>
+std::optional<PolicyFacts> find_policy_facts(std::string_view name) {
+  std::optional<PolicyFacts> facts;
+  detail::visit_policies(List{}, [&]<class Policy>() {
+    if (Policy::name == name) facts = policy_facts<Policy>();
+  });
+  return facts;
+}
+
+/// Lists the known names.
+inline ConfigError unknown_policy(std::string_view name) {
+  std::string known;
+  for (const std::string& policy : policy_names()) known += (known.empty() ? "" : ", ") + policy;
+  return ConfigError("unknown policy " + std::string(name) + "; known are " + known);
+}
+
+/// Throws ConfigError, listing the known names, if there is no such policy.
+inline PolicyFacts policy_facts(std::string_view name) {
+  std::optional<PolicyFacts> facts = find_policy_facts<NamedPolicies>(name);
+  if (!facts) KVSPARSE_THROW(unknown_policy(name));
+  return std::move(*facts);
+}
+
+}  // namespace kvsparse
