@@ -59,21 +59,23 @@ python=/usr/bin/python3  # the one that has Debian's numpy
 [ -x "$python" ] || python=python3
 tests_only=(-DKVSPARSE_BUILD_BENCH=OFF -DKVSPARSE_BUILD_EXAMPLES=OFF -DKVSPARSE_SOURCE_TESTS=OFF)
 
-# g++ builds the tests for the plain processor of its target, the two others for this one: all kernels are run.
-sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-check dev dev
-check clang clang "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native"
-check asan-ubsan asan-ubsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native $sanitize"
-only=threads_test check tsan tsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native -fsanitize=thread"
+# g++ builds for the plain processor of its target, the others for this one: all kernels are run.
+check dev dev -DKVSPARSE_NATIVE=OFF
+check clang clang
+check asan-ubsan asan-ubsan "${tests_only[@]}"
+only=threads_test check tsan tsan "${tests_only[@]}"
 
 if [ "$full" = yes ]; then
-  # The presets' own flags, with other processors: the kernels differ from one to the next.
-  check native dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=native"
-  check avx2 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -mavx2 -mfma -mf16c"
-  check avx2-asan asan-ubsan "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -mavx2 -mfma -mf16c $sanitize"
-  check clang-x86-64 clang "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=x86-64"
-  check o3 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O3 -march=native"
-  check o3-release release "${tests_only[@]}"
+  # Other processors and other optimisation: the kernels differ from one to the next.
+  avx2="-O1 -g1 -mavx2 -mfma -mf16c"
+  sanitize="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+  plain=("${tests_only[@]}" -DKVSPARSE_NATIVE=OFF)
+  check native dev "${tests_only[@]}"
+  check avx2 dev "${plain[@]}" "-DCMAKE_CXX_FLAGS=$avx2"
+  check avx2-asan asan-ubsan "${plain[@]}" "-DCMAKE_CXX_FLAGS=$avx2 $sanitize"
+  check clang-x86-64 clang "${plain[@]}"
+  check o3 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O3"
+  check o3-release release "${plain[@]}"
   printf '\n== replay in full\n'
   cmake --preset release -B build/release -DKVSPARSE_BUILD_TESTS=OFF "${launcher[@]}" >/dev/null
   build release replay
