@@ -78,28 +78,20 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
   for (std::vector<float>* rows : {&k, &v, &q}) {
     for (float& element : *rows) element = static_cast<float>(rng.gaussian());
   }
-  std::vector<std::int32_t> indptr(9), indices(8 * config.max_tokens), last_page_len(8);
-  CsrPageLists lists(indptr, indices, last_page_len);
+  const TokenRows<const float> prompt_q(q.data(), prompt, 2 * group, 20);
+  const TokenRows<float> prompt_out(out.data(), prompt, 2 * group, 20);
   const Counters before;
   bool ok = true;
   for (int round = 0; round < 2; ++round) {
     ok = ok && cache.append_prompt(k, v).ok();
-    ok = ok && cache
-                   .attend_prompt(TokenRows<const float>(q.data(), prompt, 2 * group, 20),
-                                  TokenRows<float>(out.data(), prompt, 2 * group, 20))
-                   .ok();
+    ok = ok && cache.attend_prompt(prompt_q, prompt_out).ok();
     cache.end_prompt();
     for (std::size_t t = prompt; t < config.max_tokens; ++t) {
       const std::size_t row = t % prompt;
       ok =
           ok && cache.append(std::span<const float>(k).subspan(row * kv, kv), std::span<const float>(v).first(kv)).ok();
-      ok = ok && cache
-                     .attend(std::span<const float>(q).subspan(row * group * kv, group * kv),
-                             std::span<float>(out).first(group * kv), lse)
-                     .ok();
-      lists.clear();
-      ok = ok && list_resident(cache, lists).ok() && lists.rows() == 2;
-      static_cast<void>(list_read(cache, lists));  // refused or not
+      const auto token_q = std::span<const float>(q).subspan(row * group * kv, group * kv);
+      ok = ok && cache.attend(token_q, std::span<float>(out).first(group * kv), lse).ok();
       ok = ok && cache.stats().tokens == t + 1;
     }
     // Refusals cost nothing either: the sentence is made when somebody asks for it.
@@ -117,6 +109,38 @@ TEST(Allocations, ThereAreNoneInADecodeStepOfAnyPolicyInAnyStorageType) {
     expect_a_decode_without_allocations(7, 3, make);
     expect_a_decode_without_allocations(16, 4, make);
   });
+}
+
+template <class Policy, class Scalar>
+void expect_page_lists_without_allocations() {
+  SCOPED_TRACE(Policy::name);
+  const CacheConfig config = config_of(7, 3);
+  PagedKvCache<Policy, Scalar> cache(config);
+  TestRng rng(1);
+  std::vector<float> k(40), q(120), out(120);
+  std::vector<std::int32_t> indptr(9), indices(8 * config.max_tokens), last_page_len(8);
+  CsrPageLists lists(indptr, indices, last_page_len);
+  const Counters before;
+  bool ok = true;
+  for (std::size_t t = 0; t < config.max_tokens; ++t) {
+    for (std::vector<float>* rows : {&k, &q}) {
+      for (float& element : *rows) element = static_cast<float>(rng.gaussian());
+    }
+    ok = ok && cache.append(k, k).ok() && attend(cache, std::span<const float>(q), std::span<float>(out)).ok();
+    lists.clear();
+    ok = ok && list_resident(cache, lists).ok() && lists.rows() == 2;
+    static_cast<void>(list_read(cache, lists));  // refused or not
+  }
+  const Counters after;
+  EXPECT_TRUE(ok);
+  EXPECT_TRUE(after == before) << after.allocated - before.allocated << " allocations";
+}
+
+TEST(Allocations, ThereAreNoneInPageLists) {
+  expect_page_lists_without_allocations<Dense, float>();
+  expect_page_lists_without_allocations<H2o, Half>();
+  expect_page_lists_without_allocations<Quest, Bfloat16>();
+  expect_page_lists_without_allocations<Compose<Raas, Quest>, Int8>();
 }
 
 template <class Policy, class Scalar>
