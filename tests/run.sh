@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that must hold before a change lands, from a fresh Debian or Ubuntu machine on:
 #
-#   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, and those that
-#                         start threads under TSan
-#   tests/run.sh --full   beside that: -march=native, AVX2 and -O3 builds of the tests, replay checked in full
+#   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, those that start
+#                         threads under TSan, and those of the kernels for aarch64 under qemu
+#   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64,
+#                         replay checked in full
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
 set -euo pipefail
@@ -20,7 +21,8 @@ case "${1:-}" in
 esac
 
 packages=(build-essential g++ clang cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
-  libcli11-dev libicu-dev libopenmpi-dev openmpi-bin python3 python3-numpy python3-regex)
+  libcli11-dev libicu-dev libopenmpi-dev openmpi-bin python3 python3-numpy python3-regex
+  g++-aarch64-linux-gnu qemu-user googletest)
 
 . examples/common/debian_packages.sh
 
@@ -38,16 +40,17 @@ build() {
 }
 
 # check NAME PRESET [CMAKE OPTION...]: configures build/NAME, builds it, runs its tests.
-# only=TEST check ...: builds and runs that one alone.
+# targets="T U" check ...: builds these and runs the tests that they are; tests="T V" beside it: runs those.
 check() {
-  local name=$1 preset=$2 started=$SECONDS only=${only:-} summary
+  local name=$1 preset=$2 started=$SECONDS targets=${targets:-} tests=${tests:-${targets:-}} summary
   shift 2
   printf '\n== %s\n' "$name"
   cmake --preset "$preset" -B "build/$name" -DKVSPARSE_TESTS_WERROR=ON "${launcher[@]}" "$@" >/dev/null
-  build "$name" ${only:+"$only"}
+  # shellcheck disable=SC2086
+  build "$name" $targets
   mkdir -p "build/$name/Testing"
   summary=build/$name/Testing/summary.txt
-  ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" ${only:+-R "^$only\$"} |
+  ctest --test-dir "build/$name" --output-on-failure --no-tests=error --parallel "$(nproc)" ${tests:+-R "^(${tests// /|})\$"} |
     tee "$summary"
   passed+=("$name: $(grep 'tests passed' "$summary") ($((SECONDS - started)) s with the build)")
 }
@@ -63,7 +66,9 @@ tests_only=(-DKVSPARSE_BUILD_BENCH=OFF -DKVSPARSE_BUILD_EXAMPLES=OFF -DKVSPARSE_
 check dev dev -DKVSPARSE_NATIVE=OFF
 check clang clang
 check asan-ubsan asan-ubsan "${tests_only[@]}"
-only=threads_test check tsan tsan "${tests_only[@]}"
+targets=threads_test check tsan tsan "${tests_only[@]}"
+kernels="unit_test attend_test"
+targets=$kernels tests="$kernels codegen_test" check aarch64 aarch64
 
 if [ "$full" = yes ]; then
   # Other processors and other optimisation: the kernels differ from one to the next.
@@ -76,6 +81,8 @@ if [ "$full" = yes ]; then
   check clang-x86-64 clang "${plain[@]}"
   check o3 dev "${tests_only[@]}" "-DCMAKE_CXX_FLAGS=-O3"
   check o3-release release "${plain[@]}"
+  check aarch64 aarch64
+  targets=$kernels check no-simd aarch64 "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=armv8-a+nosimd"
   printf '\n== replay in full\n'
   cmake --preset release -B build/release -DKVSPARSE_BUILD_TESTS=OFF "${launcher[@]}" >/dev/null
   build release replay

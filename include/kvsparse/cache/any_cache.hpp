@@ -268,6 +268,7 @@ class AnyCache {
     return std::move(*cache);
   }
 
+  /// pool: null for one of its own.
   template <class Policy, StorageScalar... Scalars>
   static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
                                          std::span<const OptionSetting> settings) {

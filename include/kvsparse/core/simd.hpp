@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one small layer under the kernels: a vector of floats as wide as the target has, loads that widen f16, bf16 and
 // int8, and exp. Compiler vector extensions give the arithmetic on every target; intrinsics appear only where the
-// compilers have no portable word for an instruction (f16 conversion, fused multiply-add).
+// compilers have no portable word for an instruction (f16 conversion, fused multiply-add), or miss it (widening).
 #pragma once
 
 #include <bit>
@@ -106,7 +106,9 @@ KVSPARSE_INLINE Floats load(const Half* p) {
 #elif defined(__AVX__) && defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-  return vcvt_f32_f16(vld1_f16(reinterpret_cast<const __fp16*>(p)));
+  uint16x4_t stored;
+  std::memcpy(&stored, p, sizeof stored);
+  return vcvt_f32_f16(vreinterpret_f16_u16(stored));
 #else
   return load_elements(p, lanes);
 #endif
@@ -116,16 +118,20 @@ KVSPARSE_INLINE Floats load(const Bfloat16* p) {
   // The conversion of a whole vector extension is several instructions under g++ 12.
 #if KVSPARSE_AVX512
   const auto bits =
-      bits_as<Ints>(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+      bits_as<Ints>(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))) << 16;
 #elif defined(__AVX2__)
-  const auto bits = bits_as<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  const auto bits = bits_as<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) << 16;
+#elif defined(__ARM_NEON)
+  uint16x4_t stored;
+  std::memcpy(&stored, p, sizeof stored);
+  const auto bits = vshll_n_u16(stored, 16);
 #else
   typedef std::uint16_t Halves __attribute__((vector_size(lanes * sizeof(std::uint16_t))));
   Halves stored;
   std::memcpy(&stored, p, sizeof stored);
-  const auto bits = __builtin_convertvector(stored, Ints);
+  const auto bits = __builtin_convertvector(stored, Ints) << 16;
 #endif
-  return bits_as<Floats>(bits << 16);
+  return bits_as<Floats>(bits);
 }
 
 /// Steps, not yet multiplied by the row's scale.
@@ -136,6 +142,10 @@ KVSPARSE_INLINE Floats load(const Int8* p) {
   return __builtin_convertvector(steps, Floats);
 #elif defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__ARM_NEON)
+  std::uint32_t stored;  // four bytes are no vector of NEON's
+  std::memcpy(&stored, p, sizeof stored);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(stored))))));
 #else
   typedef std::int8_t Steps __attribute__((vector_size(lanes)));
   Steps stored;
@@ -171,6 +181,9 @@ KVSPARSE_INLINE void store(Half* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xFFFF, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX__) && defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  const uint16x4_t rounded = vreinterpret_u16_f16(vcvt_f16_f32(v));
+  std::memcpy(static_cast<void*>(p), &rounded, sizeof rounded);
 #else
   for (std::size_t i = 0; i < lanes; ++i) p[i] = static_cast<Half>(v[i]);
 #endif
