@@ -33,7 +33,7 @@ std::string refusal(Policy policy, const std::string& key, const std::string& va
 
 TEST(Options, EveryPolicyListsItsKeys) {
   EXPECT_EQ(option_keys<Dense>(), Keys{});
-  EXPECT_EQ(option_keys<StreamingLlm>(), (Keys{"sinks", "pin_prompt"}));
+  EXPECT_EQ(option_keys<StreamingLlm>(), (Keys{"sinks", "pin_prompt", "in_cache_positions"}));
   EXPECT_EQ(option_keys<H2o>(), Keys{"pin_prompt"});
   EXPECT_EQ(option_keys<Quest>(), Keys{"pool"});
   EXPECT_EQ(option_keys<Raas>(), (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "preset"}));
