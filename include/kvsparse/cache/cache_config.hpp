@@ -135,6 +135,10 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     if (!policy.summaries_agree()) refuse("policy " + name + ": its two parts need different page summaries");
   }
 
+  if (const std::string problem = traits::geometry_problem(policy, config.geometry()); !problem.empty()) {
+    refuse("policy " + name + ": " + problem);
+  }
+
   CachePlan plan;
   plan.geometry = config.geometry();
   plan.scale =

@@ -44,7 +44,10 @@ struct HeadSizes {
     token_mass = asks_for(kinds, EvidenceKind::largest_token_mass) ? mass : 0;
     token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
-    scratch = decides ? pages * (group + 2) + geometry.head_dim + (tokens ? 2 * pages * geometry.page_size : 0) : 0;
+    const bool scores_tokens = tokens || Trimmer<Policy>;
+    scratch = decides
+                  ? pages * (group + 2) + 2 * geometry.head_dim + (scores_tokens ? 2 * pages * geometry.page_size : 0)
+                  : 0;
     padded_queries = bounds ? 2 * group * row : 0;
     query_window = traits::query_window(policy) * group * geometry.head_dim;
   }

@@ -218,7 +218,7 @@ class LayerHeads {
              const void* store)
       : config_(config),
         policy_(policy),
-        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, rows},
+        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, rows, plan.scale},
         store_(store),
         scale_(plan.scale),
         rope_(config.rope, config.head_dim) {

@@ -81,6 +81,7 @@ struct LayerContext {
   std::size_t page_budget = 0;       // resident pages a head may hold
   std::size_t read_page_budget = 0;  // pages a selector may read
   RowAccess rows;
+  float softmax_scale = 1.0F;
 };
 
 /// The resident pages of one kv head, oldest first, as seen by the newest token or by a query inside the prompt.
@@ -275,15 +276,16 @@ class HeadPages {
     const std::size_t window = storage_.query_window.size() / row;
     KVSPARSE_ASSERT(age < window && age < storage_.queries_seen);
     const std::size_t at = (storage_.queries_seen - 1 - age) % window;
-    return {storage_.query_window.data() + at * row, geometry().group(), head_dim(), head_dim(), 1.0F};
+    return {storage_.query_window.data() + at * row, geometry().group(), head_dim(), head_dim(),
+            storage_.context->softmax_scale};
   }
   std::size_t recent_query_count() const {
     const std::size_t window = storage_.query_window.size() / (geometry().group() * head_dim());
     return storage_.queries_seen < window ? storage_.queries_seen : window;
   }
 
-  /// Working memory of a verb, overwritten by the next verb: one float for each resident page and query head of the
-  /// group, and for each token too when the policy's granularity is token.
+  /// Working memory of a verb, overwritten by the next verb: for each resident page group() + 2 floats, two rows of
+  /// head_dim, and, when the policy's granularity is token or it has the verb trim, two floats for each token.
   std::span<float> scratch() const { return storage_.scratch; }
 
  private:

@@ -48,6 +48,7 @@
 //   residual(HeadView<P>, QueryGroup, std::span<SoftmaxState>)
 //                                                 merges what summaries of evicted tokens stand for
 //   std::size_t pinned_pages(const Geometry&)     the first pages of the sequence that are never victims (sinks)
+//   std::string problem(const Geometry&)          a sentence if the policy cannot work on this shape, else empty
 //   PagesUsed pages_used(HeadView<P>)             for stats(): how many of the pages judged were found used
 //
 // `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no open
@@ -347,6 +348,20 @@ std::string options_problem(const P& policy) {
                          { policy.options.problem() } -> std::convertible_to<std::string>;
                        }) {
     return policy.options.problem();
+  } else {
+    return {};
+  }
+}
+/// A sentence on what of the geometry the policy cannot do; empty when it can do all of it.
+template <class P>
+std::string geometry_problem(const P& policy, const Geometry& geometry) {
+  if constexpr (requires { typename P::EvictPart; }) {
+    const std::string problem = geometry_problem(policy.evict, geometry);
+    return problem.empty() ? geometry_problem(policy.select_part, geometry) : problem;
+  } else if constexpr (requires {
+                         { policy.problem(geometry) } -> std::convertible_to<std::string>;
+                       }) {
+    return policy.problem(geometry);
   } else {
     return {};
   }

@@ -2,10 +2,10 @@
 // Random: pin the prompt and give up a uniformly random page of the rest, independently in each head. A 2026 result
 // says that it matches the best scored evictors, so it is the control beside every claim. Source: "Random Attention"
 // (2609.03430).  Needs: nothing.  Per step: O(L d).  Memory: L tokens. Departs from the paper: pages instead of tokens.
-// The numbers are a hash of (seed, layer, kv head, evictions so far), so a run repeats exactly and a copy of a cache
-// goes on as the original would.
+// The numbers are a hash of (seed, layer, kv head, evictions so far).
 #pragma once
 
+#include "counter_hash.hpp"
 #include "policy.hpp"
 
 namespace kvsparse {
@@ -26,25 +26,13 @@ struct Random {
 
   PageIndex victim(HeadView<Random> head) const {
     std::uint64_t candidates = head.size() - head.pinned_pages();
-    std::uint64_t hash = mix(options.seed);
-    for (const std::uint64_t part : {std::uint64_t{head.layer()}, std::uint64_t{head.kv_head()}, head.evictions()}) {
-      hash = mix(hash ^ part);
-    }
+    const std::uint64_t hash = counter_hash(options.seed, {head.layer(), head.kv_head(), head.evictions()});
     // At most a million candidates against 2^64 hashes: the remainder's bias is below 1e-13.
     std::uint64_t skip = hash % candidates;
     for (const PageIndex page : head.evictable_pages()) {
       if (skip-- == 0) return page;
     }
     return {};
-  }
-
- private:
-  /// The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
-  static constexpr std::uint64_t mix(std::uint64_t x) {
-    x += 0x9e3779b97f4a7c15U;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
-    return x ^ (x >> 31);
   }
 };
 
