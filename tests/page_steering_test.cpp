@@ -15,6 +15,7 @@
 
 #include "kvsparse/kvsparse.hpp"
 #include "kvsparse/policy/options.hpp"
+#include "kvsparse/policy/snap_kv.hpp"
 #include "support/rows.hpp"
 
 namespace kvsparse_test {
@@ -335,6 +336,54 @@ TEST(PageSteering, MassesThatDoNotFitTheListsAreRefused) {
   ASSERT_TRUE(steering.select(rows, lists).ok());
   ASSERT_TRUE(steering.append([](std::size_t, PageId, Slot) {}).ok());
   EXPECT_EQ(steering.observe(rows, masses, lse).code(), Code::query_is_over) << "a token came since";
+}
+
+TEST(PageSteering, WhatWasSelectedBeforePagesWentIsNotObserved) {
+  const CacheConfig config = config_of(4);
+  Engine engine(40, 4, config.head_dim);
+  SnapKv votes;
+  votes.options.window = 4;
+  votes.options.period = 8;  // gives up pages at the end of the prompt
+  PageSteering<SnapKv, Engine> steering(config, engine, votes, engine_rows(), &engine);
+  const auto nowhere = [](auto...) {};
+  const std::vector<float> q(60);
+  const HeadRows<const float> rows(q.data(), 6, 10);
+  std::vector<std::int32_t> indptr(7), indices(100), last_page_len(6);
+  CsrPageLists lists(indptr, indices, last_page_len);
+  ASSERT_TRUE(steering.append_prompt(23, nowhere).ok());
+  for (int query = 0; query < 4; ++query) {
+    lists.clear();
+    ASSERT_TRUE(steering.select(rows, lists).ok());
+    ASSERT_TRUE(steering.observe(rows, {}, {}).ok());
+  }
+  ASSERT_TRUE(steering.select(rows, lists).ok());
+  const std::size_t held = engine.taken.size();
+  steering.end_prompt();
+  ASSERT_LT(engine.taken.size(), held);
+  EXPECT_EQ(steering.observe(rows, {}, {}).code(), Code::query_is_over);
+
+  ASSERT_TRUE(steering.select(rows, lists).ok());
+  steering.clear();
+  ASSERT_TRUE(steering.append_prompt(23, nowhere).ok());
+  EXPECT_EQ(steering.observe(rows, {}, {}).code(), Code::query_is_over) << "of a sequence that is gone";
+}
+
+TEST(PageSteering, TheOwnerIsAskedForWhatWasAnnounced) {
+  const CacheConfig config = config_of(4);
+  Engine engine(100, 4, config.head_dim);
+  PageSteering<Raas, Engine> steering(config, engine);
+  const auto nowhere = [](auto...) {};
+  EXPECT_EQ(steering.pages_wanted(9), 2 * 3U);
+  ASSERT_TRUE(steering.append_prompt(9, nowhere).ok());
+  for (int t = 0; t < 40; ++t) {
+    const std::size_t before = engine.taken.size(), wanted = steering.pages_wanted(1);
+    ASSERT_TRUE(steering.append(nowhere).ok());
+    ASSERT_EQ(engine.taken.size() - before, wanted) << "token " << t;
+  }
+  auto& itself = steering;
+  steering = std::move(itself);
+  EXPECT_EQ(engine.taken.size(), 2 * 6U);
+  EXPECT_EQ(steering.resident_tokens(0), 21U);
 }
 
 TEST(PageSteering, RefusesTheTokensThatACacheRefuses) {

@@ -104,8 +104,8 @@ class PagesOfAllHeads {
   std::size_t heads_served_ = 0;  // of page_
 };
 
-/// Thread safety: that of LayerPages; select and observe are exclusive. After construction nothing allocates, locks, or
-/// throws what the owner does not.
+/// Thread safety: that of LayerPages; select and observe are exclusive. After construction nothing allocates, locks or
+/// throws; `store` alone may.
 template <class Policy, PageOwner Owner>
 class PageSteering : private LayerPages<Policy> {
   using Pages = LayerPages<Policy>;
@@ -128,6 +128,7 @@ class PageSteering : private LayerPages<Policy> {
         listed_pages_(std::move(other.listed_pages_)),
         masses_(std::move(other.masses_)) {}
   PageSteering& operator=(PageSteering&& other) noexcept {
+    if (this == &other) return *this;
     give_back();
     static_cast<Pages&>(*this) = static_cast<Pages&&>(other);
     owner_ = std::exchange(other.owner_, nullptr);
@@ -159,6 +160,11 @@ class PageSteering : private LayerPages<Policy> {
 
   // --- growing ---
 
+  /// Pages that so many more tokens take from the owner, less those that come back first: to be asked before append,
+  /// since the owner must have them then. O(kv_heads).
+  std::size_t pages_wanted(std::size_t tokens) const {
+    return Pages::pages_wanted(tokens, false, [](PageId) { return false; });
+  }
   /// One more token: store(kv_head, page, slot) puts its rows there, or notes that they shall go there before the next
   /// query. Where a page is due, the page that the policy gives up goes back to the owner first. Ends the prompt.
   template <class Store>
@@ -179,10 +185,14 @@ class PageSteering : private LayerPages<Policy> {
     }
     return {};
   }
-  /// No more prompt will come. The first append says the same.
-  void end_prompt() { Pages::end_prompt(*owner_); }
+  /// No more prompt will come. The first append says the same. Observe the prompt's queries before.
+  void end_prompt() {
+    selected_at_ = Position{0};  // a page that was selected may go
+    Pages::end_prompt(*owner_);
+  }
   /// Gives every page back; the next token has position 0 and may start a prompt.
   void clear() {
+    selected_at_ = Position{0};
     give_back();
     Pages::clear();
   }
