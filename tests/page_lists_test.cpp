@@ -10,10 +10,12 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "kvsparse/kvsparse.hpp"
+#include "kvsparse/policy/snap_kv.hpp"
 #include "support/rows.hpp"
 
 namespace kvsparse_test {
@@ -293,6 +295,56 @@ TEST(PageLists, OneListForHeadsThatDifferIsRefused) {
   CacheConfig one_head = config;
   one_head.kv_heads = 1;
   EXPECT_TRUE(list_resident_shared(filled<Dense>(one_head, 9), arrays.csr).ok());
+}
+
+/// Takes its pages in full, but says so by masks of its own.
+struct MasksEveryToken {
+  static constexpr std::string_view name = "masks_every_token";
+  static constexpr bool select_always = true;
+  static constexpr PolicyGranularity granularity = PolicyGranularity::token;
+  void select(HeadView<MasksEveryToken> head, QueryGroup, Selection& selection) const {
+    for (const PageIndex page : head.pages()) {
+      const std::span<std::uint64_t> mask = selection.token_mask(page);
+      mask[0] = ~std::uint64_t{0};
+      selection.add({page, mask, 0.0F, 0.0F, 0});
+    }
+  }
+};
+
+TEST(PageLists, WhatAnotherCacheReadIsNotListed) {
+  const CacheConfig config = small_config(4);
+  Arrays arrays;
+  auto original = std::make_unique<PagedKvCache<MasksEveryToken>>(filled<MasksEveryToken>(config, 30));
+  ASSERT_TRUE(list_read(*original, arrays.csr).ok());
+  PagedKvCache<MasksEveryToken> fork = original->fork(), copy = *original;
+  original.reset();  // and its masks with it
+  for (PagedKvCache<MasksEveryToken>* cache : {&fork, &copy}) {
+    EXPECT_EQ(list_read(*cache, arrays.csr).code(), Code::query_is_over);
+    EXPECT_TRUE(cache->read_positions(0).empty());
+    const std::vector<float> q(config.query_heads * config.head_dim, 1.0F);
+    std::vector<float> out(q.size());
+    ASSERT_TRUE(attend(*cache, q, out).ok());
+    EXPECT_TRUE(list_read(*cache, arrays.csr).ok());
+  }
+}
+
+TEST(PageLists, APageThatWentSinceItWasReadIsNotListed) {
+  const CacheConfig config = small_config(4);
+  SnapKv votes;
+  votes.options.window = 4;
+  votes.options.period = 8;  // gives up pages at the end of the prompt, without any token
+  PagedKvCache<SnapKv> cache(config, votes);
+  const Rows rows(32, config, 3);
+  const TokenRows<const float> k(rows.k.data(), 32, 2, 12), v(rows.v.data(), 32, 2, 12);
+  ASSERT_TRUE(cache.append_prompt(k, v).ok());
+  std::vector<float> out(config.query_heads * config.head_dim);
+  ASSERT_TRUE(attend(cache, rows.token_q(31), out).ok());
+  Arrays arrays;
+  ASSERT_TRUE(list_read(cache, arrays.csr).ok());
+  cache.end_prompt();
+  ASSERT_GT(cache.stats().evicted_tokens, 0U);
+  EXPECT_EQ(list_read(cache, arrays.csr).code(), Code::query_is_over);
+  EXPECT_TRUE(cache.read_positions(0).empty());
 }
 
 struct Rotating {

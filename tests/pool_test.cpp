@@ -185,6 +185,68 @@ TEST(Pool, CanAppendIsWhatAppendThenDoes) {
   });
 }
 
+/// A verb and the question whether it would be taken, together, over caches that share pages: they agree.
+template <class Policy>
+void expect_verbs_to_do_what_was_promised(const CacheConfig& config, std::uint64_t seed) {
+  using Cache = PagedKvCache<Policy>;
+  TestRng rng(seed);
+  const auto pages = static_cast<std::size_t>(2 * (4 + rng.below(16)));
+  PagePool<float> pool(config.geometry(), PageSummary::min_max, pages);
+  std::vector<Cache> caches;
+  caches.emplace_back(config, pool);
+  for (int i = 0; i < 200; ++i) {
+    Cache& cache = caches[static_cast<std::size_t>(rng.below(static_cast<int>(caches.size())))];
+    if (caches.size() < 4 && rng.below(12) == 0) {
+      caches.push_back(cache.fork());
+      continue;
+    }
+    if (rng.below(40) == 0) cache.clear();
+    const auto tokens = static_cast<std::size_t>(1 + rng.below(rng.below(4) == 0 ? 30 : 6));
+    const std::vector<float> rows(tokens * 24, 0.5F);
+    const TokenRows<const float> chunk(rows.data(), tokens, 2, 12);
+    const Position before = cache.next_position();
+    const std::size_t free = pool.free_pages();
+    const bool is_prompt = cache.in_prompt() && rng.below(6) != 0;
+    const bool promised = is_prompt ? cache.can_append_prompt(tokens) : cache.can_append(tokens);
+    const Status status = is_prompt ? cache.append_prompt(chunk, chunk) : cache.append(chunk, chunk);
+    ASSERT_EQ(promised, status.ok()) << "step " << i << ", " << tokens << " tokens: " << status.message();
+    if (status.ok()) continue;
+    ASSERT_EQ(pool.free_pages(), free);
+    ASSERT_EQ(cache.next_position(), before);
+  }
+  caches.clear();
+  EXPECT_EQ(pool.free_pages(), pool.page_count());
+  EXPECT_EQ(pool.shared_pages(), 0U);
+}
+
+TEST(Pool, WhatIsPromisedIsTakenAndWhatIsNotIsRefused) {
+  for_policies([]<class Policy>() {
+    for (std::uint64_t seed = 0; seed < 20; ++seed) {
+      CacheConfig config = config_of(3, 5);
+      config.max_tokens = 40;
+      config.max_prompt_tokens = 24;
+      for (const auto overflow : {PromptOverflow::error, PromptOverflow::grow, PromptOverflow::unpin_middle}) {
+        config.prompt_overflow = overflow;
+        SCOPED_TRACE("overflow " + std::to_string(static_cast<int>(overflow)) + ", seed " + std::to_string(seed));
+        expect_verbs_to_do_what_was_promised<Policy>(config, seed);
+      }
+    }
+  });
+}
+
+TEST(Pool, PinsThatGiveWayOnSharedPagesFreeNothing) {
+  CacheConfig config = config_of(4, 4);
+  config.prompt_overflow = PromptOverflow::unpin_middle;
+  PagePool<float> pool(config.geometry(), PageSummary::none, 8);
+  PagedKvCache<Raas> parent(config, pool);
+  feed_prompt(parent, 1, 16);  // four pinned pages a head: the budget, and the whole pool
+  PagedKvCache<Raas> child = parent.fork();
+  EXPECT_FALSE(child.can_append(1)) << "the page that loses its pin is the parent's too";
+  EXPECT_EQ(append(child, 2).code(), Status::Code::pool_exhausted);
+  parent.clear();
+  EXPECT_TRUE(append(child, 2).ok());
+}
+
 TEST(Pool, OfAnotherShapeIsRefusedWithASentence) {
   const CacheConfig config = config_of(4, 8);
   const auto refused = [&](const Geometry& geometry, PageSummary kind, const char* part) {

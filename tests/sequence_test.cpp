@@ -172,6 +172,51 @@ TEST(SequenceCache, EveryLayerGetsTheSameChunkOfThePrompt) {
   EXPECT_TRUE(sequence.layer(1).in_prompt());
 }
 
+TEST(SequenceCache, EveryLayerGetsTheSameChunkOfDecodedTokens) {
+  SequenceCache<PagedKvCache<Raas>> sequence(three_layers(), Raas{});
+  const Rows rows = rows_of(0);
+  ASSERT_TRUE(sequence.append(0, chunk(rows.k, 0, 3), chunk(rows.v, 0, 3)).ok());
+  EXPECT_EQ(sequence.append(1, chunk(rows.k, 0, 2), chunk(rows.v, 0, 2)).message(),
+            "a row view has 2 tokens; 3 were expected");
+  EXPECT_EQ(sequence.append(1, rows.token_k(0), rows.token_v(0)).code(), Code::wrong_tokens);
+  ASSERT_TRUE(sequence.append(1, chunk(rows.k, 0, 3), chunk(rows.v, 0, 3)).ok());
+  ASSERT_TRUE(sequence.append(2, chunk(rows.k, 0, 3), chunk(rows.v, 0, 3)).ok());
+  EXPECT_EQ(sequence.next_position(), Position{3});
+}
+
+TEST(SequenceCache, LayersMayDifferInTheirHeads) {
+  std::vector<CacheConfig> configs = three_layers();
+  configs[1].kv_heads = 1;
+  configs[2].kv_heads = 4;
+  SequenceCache<PagedKvCache<Dense>> sequence(configs, Dense{});
+  const std::vector<float> rows(5 * 24, 0.25F);
+  for (std::size_t l = 0; l < 3; ++l) {
+    const auto flat = std::span(rows).first(5 * configs[l].kv_heads * 6);
+    const Status status = sequence.append_prompt(l, flat, flat);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  EXPECT_EQ(sequence.next_position(), Position{5});
+}
+
+TEST(SequenceCache, AdmissionIsWhatTheLayersThenTake) {
+  std::vector<CacheConfig> configs = three_layers();
+  configs[1].max_tokens = 20;
+  PagePool<float> pool(configs[0].geometry(), PageSummary::none, 100);
+  SequenceTable<PagedKvCache<Dense>> table;
+  auto& sequence = table.add({4}, SequenceCache<PagedKvCache<Dense>>(configs, pool, Dense{}));
+  const std::vector<SequenceId> batch{{4}};
+  EXPECT_TRUE(sequence.can_append(20));
+  EXPECT_TRUE(sequence.can_append_prompt(20));
+  EXPECT_FALSE(sequence.can_append(21)) << "layer 1 has no room for it";
+  EXPECT_FALSE(sequence.can_append_prompt(21));
+  EXPECT_TRUE(table.can_append(batch, 20));
+  EXPECT_FALSE(table.can_append(batch, 21));
+  const Rows rows = rows_of(0);
+  for (std::size_t l = 0; l < 3; ++l) ASSERT_TRUE(sequence.append(l, chunk(rows.k, 0, 20), chunk(rows.v, 0, 20)).ok());
+  EXPECT_FALSE(sequence.can_append(1));
+  EXPECT_FALSE(sequence.can_append_prompt(0)) << "the prompt has ended";
+}
+
 TEST(SequenceCache, AStepThatALayerCannotTakeIsNoStep) {
   SequenceCache<PagedKvCache<Raas>> sequence(three_layers(), Raas{});
   const Rows rows = rows_of(0);

@@ -101,6 +101,7 @@ class AnyCache {
   const CacheConfig& config() const { return cache_->config(); }
   Position next_position() const { return cache_->next_position(); }
   bool can_append(std::size_t tokens) const noexcept { return cache_->can_append(tokens); }
+  bool can_append_prompt(std::size_t tokens) const noexcept { return cache_->can_append_prompt(tokens); }
   PoolDemand pool_demand(std::size_t tokens) const noexcept { return cache_->pool_demand(tokens); }
   std::size_t bytes_reclaimable() const { return cache_->bytes_reclaimable(); }
 
@@ -165,6 +166,7 @@ class AnyCache {
     virtual std::unique_ptr<Interface> clone() const = 0;
     virtual std::unique_ptr<Interface> fork() = 0;
     virtual bool can_append(std::size_t tokens) const noexcept = 0;
+    virtual bool can_append_prompt(std::size_t tokens) const noexcept = 0;
     virtual PoolDemand pool_demand(std::size_t tokens) const noexcept = 0;
     virtual std::size_t bytes_reclaimable() const = 0;
     virtual std::string_view policy_name() const = 0;
@@ -205,6 +207,7 @@ class AnyCache {
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(Cache(cache), false); }
     std::unique_ptr<Interface> fork() override { return std::make_unique<Model>(cache.fork(), true); }
     bool can_append(std::size_t tokens) const noexcept override { return cache.can_append(tokens); }
+    bool can_append_prompt(std::size_t tokens) const noexcept override { return cache.can_append_prompt(tokens); }
     PoolDemand pool_demand(std::size_t tokens) const noexcept override { return cache.pool_demand(tokens); }
     std::size_t bytes_reclaimable() const override { return cache.bytes_reclaimable(); }
     std::string_view policy_name() const override { return Policy::name; }

@@ -97,12 +97,13 @@ struct HeadStore {
     while (page.value + 1 < table.size() && table[page].pinned) ++page.value;
     return page;
   }
-  /// Unpinned pages that are such.
+  /// Pages that are such and unpinned, or behind the first `kept` if their pins may be taken.
   template <class IsSuch>
-  std::size_t count_evictable(IsSuch&& is_such) const {
+  std::size_t count_evictable(IsSuch&& is_such, bool pins_give_way, std::size_t kept) const {
     std::size_t count = 0;
     for (std::uint32_t page = 0; page < table.size(); ++page) {
-      count += !table[{page}].pinned && is_such(table[{page}].page) ? 1 : 0;
+      const bool may_go = !table[{page}].pinned || (pins_give_way && page >= kept);
+      count += may_go && is_such(table[{page}].page) ? 1 : 0;
     }
     return count;
   }
@@ -237,10 +238,15 @@ struct HeadStore {
     ++queries_seen;
   }
 
+  /// Which tokens the latest query read is not known any more, only how many.
+  void forget_reads() {
+    query_end = {};
+    read_count = 0;
+  }
   /// Nothing is known any more of what the latest query read.
   void forget_query() {
-    query_end = {};
-    read_count = read_tokens = skipped_tokens = 0;
+    forget_reads();
+    read_tokens = skipped_tokens = 0;
   }
 
   /// For a journal: mass, largest token, token weights, log-sum-exp, each at the place it has when all pages are there.

@@ -71,8 +71,8 @@ class LayerHeads {
   std::vector<Position> resident_positions(std::size_t kv_head) const {
     return heads_[kv_head].positions([](PageIndex, Slot) { return true; });
   }
-  /// The positions that some query head of the group read in the latest attend, ascending. Allocates. Valid until the
-  /// next append.
+  /// The positions that some query head of the group read in the latest attend, ascending; none once a page was given
+  /// up since. Allocates. Valid until the next append.
   std::vector<Position> read_positions(std::size_t kv_head) const {
     return heads_[kv_head].positions([&](PageIndex page, Slot slot) { return heads_[kv_head].was_read(page, slot); });
   }
@@ -122,8 +122,8 @@ class LayerHeads {
     return {head.reads.data(), head.read_count};
   }
 
-  /// What the latest query read of a head, in the order of reading: for page lists. Refused when a token came since, or
-  /// when each query head read pages of its own, of which only the last one's are known.
+  /// What the latest query read of a head, in the order of reading: for page lists. Refused when a token came or a page
+  /// went since, in a copy, or when each query head read pages of its own, of which only the last one's are known.
   Status check_latest_reads(std::size_t kv_head) const {
     const Head& head = heads_[kv_head];
     const bool known = head.query_end == next_ && queries_per_selection(kv_head) == geometry().group();

@@ -23,7 +23,7 @@ concept PageOwner = requires(Owner owner, PageId page) {
 /// Page tables, pins, budget and policy state of all kv heads. A policy's views read keys, values and summaries through
 /// `rows`; without any, policies that look at stored rows are not for this. Thread safety is that of PagedKvCache:
 /// verbs of one object are exclusive, but those that take a kv head may run at the same time for different heads. After
-/// construction nothing allocates, throws or locks. Copying copies everything, page ids included.
+/// construction nothing allocates, throws or locks. Copying copies everything, page ids included; see forget_reads().
 template <class Policy>
 class LayerPages : public LayerHeads<Policy> {
   using Heads = LayerHeads<Policy>;
@@ -76,7 +76,10 @@ class LayerPages : public LayerHeads<Policy> {
       wanted += opened;
       std::size_t evictions = 0;
       if (Evictor<Policy> && head.table.size() + opened > budget) evictions = head.table.size() + opened - budget;
-      if (any_shared && evictions > 0) evictions -= std::min(evictions, head.count_evictable(is_shared));
+      if (any_shared && evictions > 0) {
+        const bool pins_give_way = config_.prompt_overflow == PromptOverflow::unpin_middle;
+        evictions -= std::min(evictions, head.count_evictable(is_shared, pins_give_way, sink_pages_));
+      }
       wanted -= std::min(opened, evictions);
     }
     return wanted;
@@ -152,6 +155,11 @@ class LayerPages : public LayerHeads<Policy> {
     if (!prompt_ended_) ++prompt_tokens_;
   }
 
+  /// Which tokens the latest query read is not known any more. For a copy: what it knows of that lies with the
+  /// original.
+  void forget_reads() noexcept {
+    for (Head& head : heads_) head.forget_reads();
+  }
   /// Gives each resident page another id: new_id(PageId), page by page, for the heads in turn.
   template <class NewId>
   void renumber(NewId&& new_id) {
@@ -331,6 +339,7 @@ class LayerPages : public LayerHeads<Policy> {
     if constexpr (EvictListener<Policy>) policy_.on_evict(full_view(kv_head), victim);
     owner.release(head.table[victim].page);
     head.erase_page(victim);
+    head.forget_reads();
     length_at_last_eviction_ = next_index() + 1;
   }
 

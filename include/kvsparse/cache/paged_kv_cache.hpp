@@ -45,10 +45,12 @@ class PagedKvCache : private LayerDrafts<Policy> {
   PagedKvCache(const CacheConfig& config, const Pool& pool, Policy policy = {})
       : PagedKvCache(config, policy, detail::plan_cache(config, policy), pool) {}
 
-  /// A cache with the same pages, policy state and all, in a pool of its own: takes bytes_required(config, policy).
+  /// A cache with the same pages, policy state and all, in a pool of its own: takes bytes_required(config, policy). Of
+  /// a copy or a fork, read_positions() is empty until the next attend.
   PagedKvCache(const PagedKvCache& other)
       : Pages(other), pool_(own_pool(other.config(), other.policy())), scratch_(other.scratch_) {
     Pages::set_store(&pool_.memory());
+    Pages::forget_reads();
     Pages::renumber([&](PageId page) { return pool_.acquire_copy(other.pool_, page); });
   }
   PagedKvCache& operator=(const PagedKvCache& other) {
@@ -218,10 +220,17 @@ class PagedKvCache : private LayerDrafts<Policy> {
     Pages::end_prompt(lender);
   }
 
-  /// Whether the pool has the pages for so many more tokens: those to open and those to copy because a fork shares
-  /// them, less those that evictions give back. A true answer holds until another cache takes pages, and an append
-  /// asks the same question. Evictions are taken to hit shared pages first, which give nothing back.
-  bool can_append(std::size_t tokens) const noexcept { return check_pool(tokens).ok(); }
+  /// Whether append() would take so many more tokens: max_tokens leaves room for them, and the pool has the pages to
+  /// open and those to copy because a fork shares them, less those that evictions give back. A true answer holds until
+  /// another cache takes pages; an append asks the same question. Evictions are taken to hit shared pages first, which
+  /// give nothing back.
+  bool can_append(std::size_t tokens) const noexcept {
+    return Pages::check_append(tokens).ok() && check_pool(tokens).ok();
+  }
+  /// The same of append_prompt().
+  bool can_append_prompt(std::size_t tokens) const noexcept {
+    return Pages::check_prompt(tokens).ok() && check_pool(tokens).ok();
+  }
   /// The pages in question, to be summed over the caches of a pool. O(pages) when some are shared, else O(kv_heads).
   PoolDemand pool_demand(std::size_t tokens) const noexcept {
     return {&pool_.memory(), pages_wanted(tokens), pool_.free_pages()};
@@ -302,7 +311,9 @@ class PagedKvCache : private LayerDrafts<Policy> {
       scratch_.push_back(detail::AttendScratch(n.pages, plan.geometry.page_size, n.group, n.row));
     }
   }
-  PagedKvCache(const PagedKvCache& other, const Pool& pool) : Pages(other), pool_(pool), scratch_(other.scratch_) {}
+  PagedKvCache(const PagedKvCache& other, const Pool& pool) : Pages(other), pool_(pool), scratch_(other.scratch_) {
+    Pages::forget_reads();
+  }
 
   static Pool own_pool(const CacheConfig& config, const Policy& policy) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);

@@ -21,10 +21,11 @@ namespace kvsparse {
 
 /// Cache: a PagedKvCache, the same policy and storage types in every layer, or AnyCache, which chooses them for each.
 ///
-/// A step of the engine brings one token, or one chunk of the prompt, to every layer, lowest layer first, each followed
-/// by its attention. A layer left out, or given a token twice, is refused before anything changes: layers cannot drift
-/// apart. Errors of a layer are those of its cache. Thread safety is that of PagedKvCache, layer by layer; append and
-/// append_prompt are exclusive for the whole sequence.
+/// A step of the engine brings one token, or one chunk of them, to every layer, lowest layer first, each followed by
+/// its attention. A layer left out, or given a token twice, is refused before anything changes: layers cannot drift
+/// apart. Errors of a layer are those of its cache; it keeps the turn then, to be asked again once there is room.
+/// Thread safety is that of PagedKvCache, layer by layer; append and append_prompt are exclusive for the whole
+/// sequence.
 template <class Cache>
 class SequenceCache {
  public:
@@ -76,17 +77,20 @@ class SequenceCache {
 
   // --- growing ---
 
-  /// Appends this step's token to one layer; k, v as PagedKvCache::append takes them.
+  /// Appends this step's token, or chunk of tokens, to one layer; every layer gets as many. k, v as
+  /// PagedKvCache::append takes them.
   template <class Rows>
   Status append(std::size_t layer, const Rows& k, const Rows& v) noexcept {
-    if (const Status status = check_turn(layer, 1, Step::decode); !status) return status;
-    return take(layer, 1, Step::decode, layers_[layer].append(k, v));
+    std::size_t tokens = 1;
+    if constexpr (requires { k.tokens; }) tokens = k.tokens;
+    if (const Status status = check_turn(layer, tokens, Step::decode); !status) return status;
+    return take(layer, tokens, Step::decode, layers_[layer].append(k, v));
   }
   /// Appends a chunk of the prompt to one layer; every layer gets as many tokens. k, v as PagedKvCache::append_prompt
   /// takes them.
   template <class Rows>
   Status append_prompt(std::size_t layer, const Rows& k, const Rows& v) noexcept {
-    const std::size_t tokens = tokens_of(k);
+    const std::size_t tokens = tokens_of(layer, k);
     if (const Status status = check_turn(layer, tokens, Step::prompt); !status) return status;
     return take(layer, tokens, Step::prompt, layers_[layer].append_prompt(k, v));
   }
@@ -94,7 +98,7 @@ class SequenceCache {
   /// takes them.
   template <class Rows>
   Status append_draft(std::size_t layer, const Rows& k, const Rows& v) noexcept {
-    const std::size_t tokens = tokens_of(k);
+    const std::size_t tokens = tokens_of(layer, k);
     if (const Status status = check_turn(layer, tokens, Step::draft); !status) return status;
     return take(layer, tokens, Step::draft, layers_[layer].append_draft(k, v));
   }
@@ -154,14 +158,18 @@ class SequenceCache {
 
   // --- admission ---
 
-  /// Whether the pools have the pages for so many more tokens in every layer, beginning with the layer whose turn it
-  /// is. A true answer holds until other sequences take pages.
+  /// Whether every layer would take so many more tokens, beginning with the layer whose turn it is, and the pools have
+  /// the pages for all of them together. A true answer holds until other sequences take pages.
   bool can_append(std::size_t tokens) const {
-    PoolDemands demands;
-    add_demands(tokens, demands);
-    return demands.fit();
+    const auto takes = [tokens](const Cache& layer) { return layer.can_append(tokens); };
+    return all_of_turn(takes) && pools_have(tokens);
   }
-  /// Adds what can_append asks for, to be summed over the sequences of a batch.
+  /// The same of append_prompt().
+  bool can_append_prompt(std::size_t tokens) const {
+    const auto takes = [tokens](const Cache& layer) { return layer.can_append_prompt(tokens); };
+    return all_of_turn(takes) && pools_have(tokens);
+  }
+  /// Adds what can_append asks of the pools, to be summed over the sequences of a batch.
   void add_demands(std::size_t tokens, PoolDemands& demands) const {
     for (std::size_t l = turn_; l < layers_.size(); ++l) demands.add(layers_[l].pool_demand(tokens));
   }
@@ -247,13 +255,23 @@ class SequenceCache {
   }
 
   template <class Row>
-  std::size_t tokens_of(const TokenRows<Row>& rows) const {
+  std::size_t tokens_of(std::size_t, const TokenRows<Row>& rows) const {
     return rows.tokens;
   }
-  /// Of a flat chunk; what is no whole number of rows the layer refuses.
-  std::size_t tokens_of(std::span<const float> rows) const {
-    const CacheConfig& config = layers_.front().config();
+  /// Of a flat chunk; what is no whole number of rows the layer refuses, as it does what comes for no layer.
+  std::size_t tokens_of(std::size_t layer, std::span<const float> rows) const {
+    const CacheConfig& config = layers_[std::min(layer, layers_.size() - 1)].config();
     return rows.size() / (config.kv_heads * config.head_dim);
+  }
+
+  template <class Takes>
+  bool all_of_turn(Takes&& takes) const {
+    return std::all_of(layers_.begin() + static_cast<std::ptrdiff_t>(turn_), layers_.end(), takes);
+  }
+  bool pools_have(std::size_t tokens) const {
+    PoolDemands demands;
+    add_demands(tokens, demands);
+    return demands.fit();
   }
 
   Status check_turn(std::size_t layer, std::size_t tokens, Step step) const {

@@ -65,12 +65,17 @@ class SequenceTable {
     check_free(id);
     return sequences_.emplace(id, original.fork()).first->second;
   }
-  /// Whether the pools have the pages for so many more tokens in every layer of all these sequences: to be asked before
-  /// a batch is computed. Throws ConfigError if one is not there.
+  /// Whether every layer of all these sequences would take so many more tokens, and the pools have the pages for all of
+  /// them together: to be asked before a batch is computed. Throws ConfigError if one is not there.
   bool can_append(std::span<const SequenceId> batch, std::size_t tokens) const {
     PoolDemands demands;
-    for (const SequenceId id : batch) at(id).add_demands(tokens, demands);
-    return demands.fit();
+    bool all_take = true;
+    for (const SequenceId id : batch) {
+      const Sequence& sequence = at(id);
+      all_take = all_take && sequence.can_append(tokens);
+      sequence.add_demands(tokens, demands);
+    }
+    return all_take && demands.fit();
   }
   /// Gives the sequence's pages back. False if there is none.
   bool remove(SequenceId id) { return sequences_.erase(id) > 0; }
