@@ -46,6 +46,11 @@ struct RandomHyperplanes {
 struct LearnedHyperplanes {
   std::span<const float> weights;
   void visit(auto&&) {}
+  std::string problem(const Geometry& geometry) const {
+    if (weights.size() == 32 * geometry.head_dim) return {};
+    return "its " + std::to_string(weights.size()) +
+           " weights are not 32 rows of head_dim = " + std::to_string(geometry.head_dim);
+  }
 
   std::uint32_t signature(std::span<const float> row) const {
     KVSPARSE_ASSERT(weights.size() == 32 * row.size());
@@ -74,8 +79,11 @@ struct BasicHashAttention {
   };
 
   std::string problem(const Geometry& geometry) const {
-    if (geometry.page_size <= max_page_tokens) return {};
-    return "page_size = " + std::to_string(geometry.page_size) + " exceeds the 64 signatures of a page";
+    if (geometry.page_size > max_page_tokens) {
+      return "page_size = " + std::to_string(geometry.page_size) + " exceeds the 64 signatures of a page";
+    }
+    if constexpr (requires { options.problem(geometry); }) return options.problem(geometry);
+    return {};
   }
 
   void on_append(HeadView<BasicHashAttention> head, PageIndex page, Slot slot) const {
