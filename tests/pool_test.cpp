@@ -415,6 +415,21 @@ TEST(Fork, EvictingASharedPageFreesNothingAndIsCounted) {
   EXPECT_EQ(parent.bytes_reclaimable(), 2 * pool.bytes_per_page()) << "the evicted ones are the parent's alone now";
 }
 
+TEST(Fork, CountsOnFromItsParentAndSoDoesACopy) {
+  const CacheConfig config = config_of(4, 4);
+  PagePool<float> pool(config.geometry(), PageSummary::none, 40);
+  PagedKvCache<StreamingLlm> parent(config, pool);
+  for (int t = 0; t < 16; ++t) ASSERT_TRUE(append(parent, 1).ok());
+  PagedKvCache<StreamingLlm> child = parent.fork();
+  ASSERT_TRUE(append(child, 2).ok());
+  const PagedKvCache<StreamingLlm> grandchild = child.fork();
+  const PagedKvCache<StreamingLlm> copy(child);
+  for (const auto* cache : {&grandchild, &copy}) {
+    EXPECT_EQ(cache->stats().evicted_shared_pages, 2U);
+    EXPECT_EQ(cache->stats().evicted_tokens, 8U);
+  }
+}
+
 TEST(Fork, NoTokensNeedNoPages) {
   const CacheConfig config = config_of(4, 4);
   PagePool<float> pool(config.geometry(), PageSummary::none, 2);

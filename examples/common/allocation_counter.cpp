@@ -7,12 +7,14 @@
 namespace {
 
 thread_local constinit kvsparse_tools::AllocationCount counted{};
+thread_local constinit std::size_t allocations_until_failure = 0;
 
 // The size stands before the block, so that a delete without size can subtract it.
 void* counted_new(std::size_t size, std::size_t alignment) {
   const std::size_t header = alignment < 2 * sizeof(std::size_t) ? 2 * sizeof(std::size_t) : alignment;
   const std::size_t total = (header + size + alignment - 1) / alignment * alignment;
   if (total < size) throw std::bad_alloc();
+  if (allocations_until_failure != 0 && --allocations_until_failure == 0) throw std::bad_alloc();
   void* block = alignment <= alignof(std::max_align_t) ? std::malloc(total) : std::aligned_alloc(alignment, total);
   if (block == nullptr) throw std::bad_alloc();
   ++counted.allocations;
@@ -43,6 +45,8 @@ constexpr std::size_t usual = alignof(std::max_align_t);
 }  // namespace
 
 kvsparse_tools::AllocationCount kvsparse_tools::allocations_of_this_thread() noexcept { return counted; }
+void kvsparse_tools::fail_allocation_of_this_thread(std::size_t count) noexcept { allocations_until_failure = count; }
+bool kvsparse_tools::allocation_is_to_fail() noexcept { return allocations_until_failure != 0; }
 
 void* operator new(std::size_t size) { return counted_new(size, usual); }
 void* operator new[](std::size_t size) { return counted_new(size, usual); }

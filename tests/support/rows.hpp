@@ -15,6 +15,18 @@
 
 namespace kvsparse_test {
 
+/// [rows, head_dim]: makes of each row what a storage type makes of it. What is stored of a row is the business of
+/// stored_row_test.
+template <class Scalar>
+void round_rows(std::vector<float>& rows, std::size_t head_dim) {
+  std::vector<Scalar> stored(kvsparse::stored_row_size<Scalar>(head_dim));
+  for (std::size_t first = 0; first < rows.size(); first += head_dim) {
+    const std::span<float> row = std::span<float>(rows).subspan(first, head_dim);
+    kvsparse::store_row(row.data(), head_dim, stored.data());
+    kvsparse::load_row(stored.data(), row);
+  }
+}
+
 /// [tokens, heads, head_dim] of q, and of k and v.
 struct Rows {
   std::size_t tokens, query_heads, kv_heads, head_dim;
@@ -53,22 +65,12 @@ struct Rows {
   template <class Key, class Value = Key>
   Rows stored_as() const {
     Rows rounded = *this;
-    round_rows<Key>(rounded.k);
-    round_rows<Value>(rounded.v);
+    round_rows<Key>(rounded.k, head_dim);
+    round_rows<Value>(rounded.v, head_dim);
     return rounded;
   }
 
  private:
-  /// What is stored of a row is the business of stored_row_test.
-  template <class Scalar>
-  void round_rows(std::vector<float>& rows) const {
-    std::vector<Scalar> stored(kvsparse::stored_row_size<Scalar>(head_dim));
-    for (std::size_t first = 0; first < rows.size(); first += head_dim) {
-      const std::span<float> row = std::span<float>(rows).subspan(first, head_dim);
-      kvsparse::store_row(row.data(), head_dim, stored.data());
-      kvsparse::load_row(stored.data(), row);
-    }
-  }
   std::span<const float> token(const std::vector<float>& data, std::size_t heads, std::size_t t) const {
     return std::span<const float>(data).subspan(t * heads * head_dim, heads * head_dim);
   }

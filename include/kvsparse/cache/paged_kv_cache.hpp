@@ -48,7 +48,10 @@ class PagedKvCache : private LayerDrafts<Policy> {
   /// A cache with the same pages, policy state and all, in a pool of its own: takes bytes_required(config, policy). Of
   /// a copy or a fork, read_positions() is empty until the next attend.
   PagedKvCache(const PagedKvCache& other)
-      : Pages(other), pool_(own_pool(other.config(), other.policy())), scratch_(other.scratch_) {
+      : Pages(other),
+        pool_(own_pool(other.config(), other.policy())),
+        scratch_(other.scratch_),
+        evicted_shared_pages_(other.evicted_shared_pages_) {
     Pages::set_store(&pool_.memory());
     Pages::forget_reads();
     Pages::renumber([&](PageId page) { return pool_.acquire_copy(other.pool_, page); });
@@ -311,7 +314,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
       scratch_.push_back(detail::AttendScratch(n.pages, plan.geometry.page_size, n.group, n.row));
     }
   }
-  PagedKvCache(const PagedKvCache& other, const Pool& pool) : Pages(other), pool_(pool), scratch_(other.scratch_) {
+  PagedKvCache(const PagedKvCache& other, const Pool& pool)
+      : Pages(other), pool_(pool), scratch_(other.scratch_), evicted_shared_pages_(other.evicted_shared_pages_) {
     Pages::forget_reads();
   }
 
