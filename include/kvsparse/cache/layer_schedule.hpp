@@ -19,7 +19,7 @@ namespace kvsparse {
 /// One layer, by names. Which pairs of keys and values there are caches for is the affair of who makes them.
 struct LayerChoice {
   std::string policy = "dense";
-  std::vector<OptionSetting> options;
+  std::vector<OptionSetting> options = {};
   ScalarType keys = ScalarType::f32;
   ScalarType values = ScalarType::f32;
   CacheConfig config;
