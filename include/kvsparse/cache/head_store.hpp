@@ -198,20 +198,14 @@ struct HeadStore {
   void record(std::size_t first_query, std::span<const SoftmaxState> states, std::size_t group, const PageTap& tap) {
     mark_read();
     if (mass.empty()) return;
-    const std::size_t page_size = tap.page_size;
-    for (std::size_t q = 0; q < states.size(); ++q) log_sum_exp[first_query + q] = states[q].log_sum_exp();
-    for (std::size_t r = 0; r < read_count; ++r) {
-      for (std::size_t q = 0; q < states.size(); ++q) {
-        const float share = tap.page_max[r * tap.queries + q] / states[q].sum;
-        const std::size_t at = reads[r].index.value * group + first_query + q;
-        mass[at] = share * tap.page_sum[r * tap.queries + q];
-        if (!largest_token.empty()) largest_token[at] = share;
-        if (token_weights.empty()) continue;
-        const float* logits = tap.token_logits + (r * tap.queries + q) * page_size;
-        for (std::size_t t = 0; t < reads[r].tokens; ++t) {
-          token_weights[at * page_size + t] = std::exp(logits[t] - states[q].max) / states[q].sum;
-        }
+    for (std::size_t q = 0; q < states.size(); ++q) {
+      log_sum_exp[first_query + q] = states[q].log_sum_exp();
+      const float inverse = 1.0F / states[q].sum;
+      for (std::size_t r = 0; r < read_count; ++r) {
+        const std::size_t of_tap = r * tap.queries + q;
+        mass[reads[r].index.value * group + first_query + q] = tap.page_max[of_tap] * tap.page_sum[of_tap] * inverse;
       }
+      if (!largest_token.empty() || !token_weights.empty()) record_tokens(q, first_query + q, states[q], group, tap);
     }
   }
 
@@ -336,6 +330,19 @@ struct HeadStore {
         padded_queries(n.padded_queries),
         query_window(n.query_window) {}
 
+  void record_tokens(std::size_t q, std::size_t query_head, const SoftmaxState& softmax, std::size_t group,
+                     const PageTap& tap) {
+    for (std::size_t r = 0; r < read_count; ++r) {
+      const std::size_t of_tap = r * tap.queries + q;
+      const std::size_t at = reads[r].index.value * group + query_head;
+      if (!largest_token.empty()) largest_token[at] = tap.page_max[of_tap] / softmax.sum;
+      if (token_weights.empty()) continue;
+      const float* logits = tap.token_logits + of_tap * tap.page_size;
+      for (std::size_t t = 0; t < reads[r].tokens; ++t) {
+        token_weights[at * tap.page_size + t] = std::exp(logits[t] - softmax.max) / softmax.sum;
+      }
+    }
+  }
   Position first_position_at(PageIndex page) const { return table[page].first_position; }
 
   void mark_read() {

@@ -73,12 +73,12 @@ class Evidence {
   /// Sum and largest over the query heads of the group that visited the page.
   PageShare share(PageIndex page) const {
     PageShare result;
-    for (std::size_t q = 0; q < group(); ++q) {
-      if (!visited(page, q)) continue;
-      const float of_query = mass(page, q);
-      result.visited = true;
-      result.sum += of_query;
-      if (of_query > result.peak) result.peak = of_query;
+    for (std::size_t q = 0; q < group(); ++q) {  // no branch: which pages matter changes from step to step
+      const float of_query = storage_.mass[at(page, q)];
+      const bool visits = visited(page, q);
+      result.visited |= visits;
+      result.sum += visits ? of_query : 0.0F;
+      result.peak = of_query > result.peak ? of_query : result.peak;
     }
     return result;
   }

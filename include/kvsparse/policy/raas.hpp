@@ -89,18 +89,20 @@ struct Raas {
     if (options.evidence == Evidenced::quest_bound) score_by_bound(head, step, scores);
 
     PagesUsed& counted = head.head_state().pages_used;
-    const auto use = [&](PageIndex page) {
-      if (!step.visited(page)) return;
-      head.state(page).stamp = step.position();
-      ++counted.used;
-    };
     const std::size_t evictable = head.evictable_count();
     if (options.used == Used::rank) {
       const auto used = static_cast<std::size_t>(std::ceil(options.r * static_cast<double>(evictable)));
-      head.visit_highest_evictable(scores, used, use);
+      head.visit_highest_evictable(scores, used, [&](PageIndex page) {
+        if (!step.visited(page)) return;
+        head.state(page).stamp = step.position();
+        ++counted.used;
+      });
     } else {
-      for (const PageIndex page : head.evictable_pages()) {
-        if (static_cast<double>(scores[page.value]) > options.alpha) use(page);
+      for (const PageIndex page : head.evictable_pages()) {  // no branch that guesses which pages are used
+        const bool used = static_cast<double>(scores[page.value]) > options.alpha && step.visited(page);
+        Position& stamp = head.state(page).stamp;
+        stamp = used ? step.position() : stamp;
+        counted.used += used ? 1 : 0;
       }
     }
     counted.judged += evictable;
