@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <optional>
+#include <kvsparse/core/rope.hpp>
 #include <string>
 #include <vector>
 
@@ -15,14 +15,6 @@
 #include "json_fields.hpp"
 
 namespace kvsparse_tools {
-
-/// "llama3" RoPE scaling: long wavelengths are stretched by `factor`, short ones are kept, those between are blended.
-struct RopeScaling {
-  double factor = 1.0;
-  double low_freq_factor = 1.0;
-  double high_freq_factor = 4.0;
-  double original_positions = 8192.0;
-};
 
 struct ModelConfig {
   std::string model_type;
@@ -34,8 +26,7 @@ struct ModelConfig {
   std::size_t kv_heads = 0;
   std::size_t head_dim = 0;
   std::size_t max_positions = 0;  // 0: the file does not say
-  double rope_theta = 10000.0;
-  std::optional<RopeScaling> rope_scaling;
+  kvsparse::Rope rope = {.theta = 10000.0};
   float rms_norm_eps = 1e-6F;
   bool tied_embeddings = false;
   bool qkv_bias = false;
@@ -50,23 +41,22 @@ inline void read_rope(const JsonFields& fields, const nlohmann::json& json, cons
                       ModelConfig& config) {
   // transformers 5 moved rope_theta and rope_scaling into one object, rope_parameters.
   const std::string key = fields.find("rope_parameters") != nullptr ? "rope_parameters" : "rope_scaling";
-  config.rope_theta = fields.positive_number("rope_theta").value_or(10000.0);
+  config.rope.theta = fields.positive_number("rope_theta").value_or(config.rope.theta);
   if (fields.find(key) == nullptr) return;
   const JsonFields rope(json.at(key), file, key);
-  config.rope_theta = rope.positive_number("rope_theta").value_or(config.rope_theta);
+  config.rope.theta = rope.positive_number("rope_theta").value_or(config.rope.theta);
   const std::string type = rope.text("rope_type", rope.text("type", "default"));
   if (rope.positive_number("partial_rotary_factor").value_or(1.0) != 1.0)
     rope.fail("asks for partial rotation, which this engine does not have");
   if (type == "default") return;
   if (type != "llama3") rope.fail("is of type " + in_quotes(type) + "; this engine has 'default' and 'llama3'");
-  RopeScaling scaling;
-  scaling.factor = rope.required_number("factor");
-  scaling.low_freq_factor = rope.required_number("low_freq_factor");
-  scaling.high_freq_factor = rope.required_number("high_freq_factor");
-  scaling.original_positions = rope.required_number("original_max_position_embeddings");
-  if (scaling.high_freq_factor <= scaling.low_freq_factor)
+  config.rope.scaling = kvsparse::RopeScaling::llama3;
+  config.rope.factor = rope.required_number("factor");
+  config.rope.low_freq_factor = rope.required_number("low_freq_factor");
+  config.rope.high_freq_factor = rope.required_number("high_freq_factor");
+  config.rope.original_positions = rope.required_number("original_max_position_embeddings");
+  if (config.rope.high_freq_factor <= config.rope.low_freq_factor)
     rope.fail("has a high_freq_factor not above its low_freq_factor");
-  config.rope_scaling = scaling;
 }
 
 inline std::vector<std::uint64_t> read_eos_tokens(const JsonFields& fields) {

@@ -91,14 +91,7 @@ class Decoder {
     cache.budget_tokens = choice.budget_tokens;
     cache.read_budget_tokens = choice.settings.read_budget_tokens;
     cache.max_tokens = max_tokens;
-    cache.rope.theta = config.rope_theta;
-    if (const auto& scaling = config.rope_scaling) {
-      cache.rope.scaling = kvsparse::RopeScaling::llama3;
-      cache.rope.factor = scaling->factor;
-      cache.rope.low_freq_factor = scaling->low_freq_factor;
-      cache.rope.high_freq_factor = scaling->high_freq_factor;
-      cache.rope.original_positions = scaling->original_positions;
-    }
+    cache.rope = config.rope;
     caches_.reserve(config.layers);
     for (std::size_t layer = 0; layer < config.layers; ++layer) {
       cache.layer = layer;
@@ -250,7 +243,6 @@ class Decoder {
     for (Eigen::MatrixXf* matrix : {&key_, &value_}) matrix->resize(index(c.kv_heads * c.head_dim), index(tokens));
     for (Eigen::MatrixXf* matrix : {&hidden_, &normed_, &update_}) matrix->resize(index(c.hidden_size), index(tokens));
     for (Eigen::MatrixXf* matrix : {&gate_, &up_}) matrix->resize(index(c.intermediate_size), index(tokens));
-    for (Eigen::MatrixXf* matrix : {&cosines_, &sines_}) matrix->resize(index(c.head_dim / 2), index(tokens));
   }
 
   void forward(std::span<const TokenId> tokens, Reading reading) {
@@ -261,7 +253,6 @@ class Decoder {
     newest_ = index(tokens.size()) - 1;
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       hidden_.col(index(i)) = model_.embedding(tokens[i]);
-      set_angles(index(i), position_ + i);
     }
     for (std::size_t layer = 0; layer < model_.layers().size(); ++layer) {
       const LayerWeights& weights = model_.layers()[layer];
@@ -276,10 +267,8 @@ class Decoder {
     weights.query.apply(normed_, query_);
     weights.key.apply(normed_, key_);
     weights.value.apply(normed_, value_);
-    for (Eigen::Index i = 0; i < hidden_.cols(); ++i) {
-      rotate(query_.col(i), i);
-      rotate(key_.col(i), i);
-    }
+    rotate(query_);
+    rotate(key_);
     if (attention_) {
       attention_(layer, reading == Reading::prompt, values(query_), values(key_), values(value_),
                  {attended_.data(), static_cast<std::size_t>(attended_.size())});
@@ -326,26 +315,12 @@ class Decoder {
     hidden_ += update_;
   }
 
-  void set_angles(Eigen::Index column, std::size_t position) {
-    for (Eigen::Index i = 0; i < cosines_.rows(); ++i) {
-      // The angle in double: in float a long sequence's angle would be off by more than the rotation is worth.
-      const double angle = static_cast<double>(position) * model_.rope()[static_cast<std::size_t>(i)];
-      cosines_(i, column) = static_cast<float>(std::cos(angle));
-      sines_(i, column) = static_cast<float>(std::sin(angle));
-    }
-  }
-
-  /// RoPE in Hugging Face's layout: dimension i of a head pairs with dimension i + head_dim / 2.
-  void rotate(Eigen::Ref<Vector> heads, Eigen::Index column) const {
-    const Eigen::Index half = cosines_.rows();
-    for (Eigen::Index head = 0; head < heads.size(); head += 2 * half) {
-      for (Eigen::Index i = 0; i < half; ++i) {
-        float& a = heads[head + i];
-        float& b = heads[head + i + half];
-        const float turned = a * cosines_(i, column) - b * sines_(i, column);
-        b = b * cosines_(i, column) + a * sines_(i, column);
-        a = turned;
-      }
+  /// Every head of every token, by the token's position.
+  void rotate(Eigen::MatrixXf& heads) const {
+    const std::size_t head_dim = model_.config().head_dim;
+    const std::size_t count = static_cast<std::size_t>(heads.rows()) / head_dim;
+    for (Eigen::Index token = 0; token < heads.cols(); ++token) {
+      model_.rope().turn(heads.col(token).data(), count, head_dim, static_cast<std::int64_t>(position_) + token);
     }
   }
 
@@ -386,7 +361,6 @@ class Decoder {
   Eigen::MatrixXf hidden_, normed_, update_;
   Eigen::MatrixXf gate_, up_;
   Vector logits_;
-  Eigen::MatrixXf cosines_, sines_;
 };
 
 /// The `count` most likely tokens, the likeliest first, the lowest id among equals; all if there are fewer.

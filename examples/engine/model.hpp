@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <numbers>
 #include <optional>
 #include <string>
 #include <utility>
@@ -90,24 +89,6 @@ struct LayerWeights {
   Linear gate, up, down;
 };
 
-/// Radians that each pair of a head's dimensions turns per position.
-inline std::vector<double> rope_frequencies(const ModelConfig& config) {
-  std::vector<double> frequencies(config.head_dim / 2);
-  for (std::size_t i = 0; i < frequencies.size(); ++i) {
-    const double exponent = 2.0 * static_cast<double>(i) / static_cast<double>(config.head_dim);
-    double frequency = std::pow(config.rope_theta, -exponent);
-    if (const auto& scaling = config.rope_scaling) {
-      // How many whole turns this pair makes within the length the model was first trained on.
-      const double turns = scaling->original_positions * frequency / (2.0 * std::numbers::pi);
-      const double keep = (turns - scaling->low_freq_factor) / (scaling->high_freq_factor - scaling->low_freq_factor);
-      const double share = std::min(1.0, std::max(0.0, keep));
-      frequency *= share + (1.0 - share) / scaling->factor;
-    }
-    frequencies[i] = frequency;
-  }
-  return frequencies;
-}
-
 class Model {
  public:
   /// Loads config.json and the weights of a Hugging Face model directory. Throws FileError.
@@ -115,7 +96,7 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
-  const std::vector<double>& rope() const { return rope_; }
+  const kvsparse::RopeRotation& rope() const { return rope_; }
   const RmsNorm& final_norm() const { return final_norm_; }
   ConstVectorMap embedding(std::size_t token) const { return embedding_.row(token); }
   const Linear& head() const { return head_ ? *head_ : embedding_; }
@@ -125,7 +106,7 @@ class Model {
 
   Model(const ModelConfig& config, const Checkpoint& checkpoint)
       : config_(config),
-        rope_(rope_frequencies(config)),
+        rope_(config.rope, config.head_dim),
         embedding_(linear(checkpoint, "model.embed_tokens", config.vocab_size, config.hidden_size, false)),
         final_norm_(norm(checkpoint, "model.norm")) {
     if (!config.tied_embeddings) {
@@ -169,7 +150,7 @@ class Model {
   }
 
   ModelConfig config_;
-  std::vector<double> rope_;
+  kvsparse::RopeRotation rope_;
   Linear embedding_;
   RmsNorm final_norm_;
   std::optional<Linear> head_;  // empty: tied to the embedding
