@@ -270,6 +270,11 @@ struct ReadsRowsIsAsked : Named {
   bool reads_rows() const { return true; }
 };
 
+// EXPECT the trait knows_logits has the wrong type.
+struct KnowsLogitsIsAsked : Named {
+  bool knows_logits() const { return true; }
+};
+
 // --- promises ---
 
 // EXPECT the trait evidence promises a verb that is missing.

@@ -62,8 +62,10 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
 template <class Cache>
 class AttendStep {
  public:
-  AttendStep(Cache& cache, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end)
-      : cache_(cache), q_(q), out_(out), lse_(lse), end_(end) {}
+  /// lse, lost_mass: [query_heads] or null.
+  AttendStep(Cache& cache, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end,
+             float* lost_mass = nullptr)
+      : cache_(cache), q_(q), out_(out), lse_(lse), lost_mass_(lost_mass), end_(end) {}
 
   void run(ExecutorRef executor) const {
     const std::size_t heads = cache_.geometry().kv_heads;
@@ -152,6 +154,11 @@ class AttendStep {
       }
       cache_.add_residual(kv_head, block.queries, states);
       cache_.add_sinks(kv_head, first, states);
+      if constexpr (!Evictor<typename Cache::policy_type>) {
+        if (lost_mass_ != nullptr) {
+          cache_.bound_lost_mass(kv_head, first, block.queries, states, lost_mass_ + kv_head * group.size + first);
+        }
+      }
       cache_.record(kv_head, first, states);
     }
     for (std::size_t q = 0; q < group.size; ++q) {
@@ -166,8 +173,22 @@ class AttendStep {
   HeadRows<const float> q_;
   HeadRows<float> out_;
   float* lse_;
+  float* lost_mass_;
   Position end_;
 };
+
+/// What attend refuses.
+template <class Cache>
+Status check_attend(const Cache& cache, HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) {
+  const std::size_t query_heads = cache.geometry().query_heads;
+  if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
+  if (const Status status = check_rows(q, query_heads, cache.geometry()); !status) return status;
+  if (const Status status = check_rows(out, query_heads, cache.geometry()); !status) return status;
+  if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
+    return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
+  }
+  return cache.check_queries(1);
+}
 
 }  // namespace detail
 
@@ -184,14 +205,7 @@ class AttendStep {
 template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
 Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
               std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
-  const std::size_t query_heads = cache.geometry().query_heads;
-  if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = check_rows(q, query_heads, cache.geometry()); !status) return status;
-  if (const Status status = check_rows(out, query_heads, cache.geometry()); !status) return status;
-  if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
-    return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
-  }
-  if (const Status status = cache.check_queries(1); !status) return status;
+  if (const Status status = detail::check_attend(cache, q, out, log_sum_exp); !status) return status;
   float* lse = log_sum_exp.empty() ? nullptr : log_sum_exp.data();
   detail::AttendStep(cache, q, out, lse, cache.next_position()).run(executor);
   return {};

@@ -46,7 +46,7 @@ struct HeadSizes {
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
     const bool scores_tokens = tokens || Trimmer<Policy>;
     scratch = decides
-                  ? pages * (group + 2) + 2 * geometry.head_dim + (scores_tokens ? 2 * pages * geometry.page_size : 0)
+                  ? pages * (group + 3) + 2 * geometry.head_dim + group + (scores_tokens ? 2 * pages * geometry.page_size : 0)
                   : 0;
     padded_queries = bounds ? 2 * group * row : 0;
     query_window = traits::query_window(policy) * group * geometry.head_dim;
@@ -72,10 +72,10 @@ struct HeadStore {
 
   // --- pages ---
 
-  HeadView<Policy> view(const LayerContext& context, const void* store, std::size_t kv_head, Position end,
-                        bool has_open_page) {
+  HeadView<Policy> view(const LayerContext& context, const LogitOptions& logits, const void* store, std::size_t kv_head,
+                        Position end, bool has_open_page) {
     const HeadPages pages(
-        {&context, &table, store, kv_head, evictions, scratch, padded_queries, query_window, queries_seen}, end,
+        {&context, &table, &logits, store, kv_head, evictions, scratch, padded_queries, query_window, queries_seen}, end,
         has_open_page);
     return {pages, page_states.data(), sizeof(PageState<Policy>), &state};
   }
@@ -161,6 +161,15 @@ struct HeadStore {
   std::size_t tokens_outside_window(PageIndex page) const {
     const std::int64_t tokens = query_first_seen - first_position_at(page);
     return tokens <= 0 ? 0 : std::min(static_cast<std::size_t>(tokens), std::size_t{table[page].tokens});
+  }
+
+  /// Of the tokens that the running query sees of the page, the share that the read leaves out.
+  float share_left_out(const PageRead& read) const {
+    if (read.token_mask == nullptr) return 0.0F;
+    const std::size_t first = tokens_outside_window(read.index);
+    std::size_t left_out = 0;
+    for (std::size_t t = first; t < read.tokens; ++t) left_out += (read.token_mask[t / 64] >> (t % 64) & 1) == 0 ? 1 : 0;
+    return left_out == 0 ? 0.0F : static_cast<float>(left_out) / static_cast<float>(read.tokens - first);
   }
 
   void add_read(const HeadView<Policy>& pages, const SelectedPage& selected) {

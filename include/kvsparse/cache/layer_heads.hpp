@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../policy/contract_check.hpp"
+#include "../policy/mass_bounds.hpp"
 #include "cache_config.hpp"
 #include "head_store.hpp"
 
@@ -180,6 +181,35 @@ class LayerHeads {
     }
   }
 
+  /// Bounds what the reads selected last leave unread of the softmax; states: of those queries, sinks and all. Needs
+  /// page_summary = min_max of a policy that selects. lost_mass: [queries.size]. The next verb's scratch is overwritten.
+  void bound_lost_mass(std::size_t kv_head, std::size_t first_query, const QueryGroup& queries,
+                       std::span<const SoftmaxState> states, float* lost_mass) noexcept {
+    std::fill_n(lost_mass, queries.size, 0.0F);
+    if (reads_all(kv_head)) return;
+    const HeadPages pages = view(kv_head, heads_[kv_head].query_end, true);
+    const MassBounds bounds(pages, queries, first_query);
+    bounds.compute();
+    // What of each page was not read; where tokens have weights or turned queries, their sum says nothing of the pages.
+    const std::span<float> unread = bounds.free_scratch().first(pages.size());
+    for (const PageIndex page : pages.pages()) unread[page.value] = 1.0F;
+    bool is_plain = true;
+    for (const PageRead& read : latest_reads(kv_head)) {
+      is_plain &= read.log_weight == 0.0F && read.value_log_weight == 0.0F && read.rotate_back == 0;
+      unread[read.index.value] = heads_[kv_head].share_left_out(read);
+    }
+    for (std::size_t q = 0; q < queries.size; ++q) {
+      double mass = 0.0;
+      for (const PageIndex page : pages.pages()) {
+        if (unread[page.value] != 0.0F) mass += static_cast<double>(unread[page.value] * bounds.mass(page, q));
+      }
+      const auto is_read = [&](PageIndex page) { return unread[page.value] != 1.0F; };
+      const double share = MassBounds::largest_share(mass, bounds.mass_read(q, states[q], is_read));
+      const float above = std::nextafter(static_cast<float>(share), 1.0F);
+      lost_mass[q] = !is_plain ? 1.0F : share == 0.0 ? 0.0F : above;
+    }
+  }
+
   /// Turns the tap of the reads selected last into evidence; states: of those queries, the first being query head
   /// `first_query` of the group.
   void record(std::size_t kv_head, std::size_t first_query, std::span<const SoftmaxState> states) noexcept {
@@ -230,7 +260,7 @@ class LayerHeads {
   // A head's pages as its policy sees them outside a query: no page is open while a victim is looked for.
   HeadView<Policy> view(std::size_t kv_head) { return view(kv_head, next_, false); }
   HeadView<Policy> view(std::size_t kv_head, Position end, bool has_open_page) {
-    return heads_[kv_head].view(context_, store_, kv_head, end, has_open_page);
+    return heads_[kv_head].view(context_, config_.logits, store_, kv_head, end, has_open_page);
   }
   LayerView<Policy> layer_view(typename LayerView<Policy>::HeadOf head_of) {
     return {this, head_of, heads_.size(), layer_state_};

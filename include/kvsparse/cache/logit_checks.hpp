@@ -16,6 +16,10 @@ namespace kvsparse::detail {
 /// Whether the policy scores keys by dot products of its own, which know nothing of the kernel's logits.
 template <class Policy>
 bool scores_keys(const Policy& policy) {
+  if constexpr (requires { typename Policy::EvictPart; }) {
+    return scores_keys(policy.evict) || scores_keys(policy.select_part);
+  }
+  if (traits::knows_logits<Policy>()) return false;
   return Selector<Policy> || ResidualProvider<Policy> || traits::page_summary(policy) != PageSummary::none ||
          traits::query_window(policy) != 0;
 }

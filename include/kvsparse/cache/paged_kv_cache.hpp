@@ -279,6 +279,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
   using Pages::add_residual;
   using Pages::add_sinks;
   using Pages::begin_query;
+  using Pages::bound_lost_mass;
   using Pages::check_queries;
   using Pages::end_step;
   using Pages::logit_map;

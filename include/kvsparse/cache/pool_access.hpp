@@ -34,6 +34,9 @@ RowAccess row_access() {
                            BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) {
     page_upper_bounds(static_cast<const Memory*>(memory)->summaries, pages, queries, pooling, padded_queries, bounds);
   };
+  access.largest_magnitudes = [](const void* memory, std::span<const ResidentPage> pages, std::span<float> magnitudes) {
+    page_largest_magnitudes(static_cast<const Memory*>(memory)->summaries, pages, magnitudes);
+  };
   return access;
 }
 

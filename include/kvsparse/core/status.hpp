@@ -49,6 +49,7 @@ class [[nodiscard]] Status {
     list_has_gap,            ///< a kernel that counts positions would misplace the tokens behind the gap
     no_such_block,           ///< the engine's block table is shorter than the sequence
     heads_differ,            ///< one page list for all kv heads, which hold different pages
+    no_page_bounds,          ///< a certificate of a policy whose cache keeps no min/max summaries
     query_is_over,           ///< the latest query's reads are not known any more
   };
 
@@ -95,6 +96,10 @@ class [[nodiscard]] Status {
       case Code::heads_differ:
         return "kv head " + value + " has another page list than kv head 0, from entry " + limit +
                " on; list each head, or name pages by a block table if only their ids differ";
+      case Code::no_page_bounds:
+        return "the policy reads some of " + value +
+               " resident tokens and keeps no bounds of the others' keys, so nothing can be proved of what they hold; "
+               "choose one with page_summary = min_max, such as quest or certified";
       case Code::query_is_over:
         return "what the query at length " + value + " read is not known at length " + limit +
                ", or was read query head by query head; ask before the next append, or list a selection";

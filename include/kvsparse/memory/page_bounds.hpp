@@ -129,4 +129,23 @@ void page_upper_bounds(const PageSummaries<Scalar>& summaries, std::span<const R
   }
 }
 
+/// magnitudes [pages]: no element of a page's keys is larger in magnitude. O(pages * head_dim).
+template <StorageScalar Scalar>
+void page_largest_magnitudes(const PageSummaries<Scalar>& summaries, std::span<const ResidentPage> pages,
+                             std::span<float> magnitudes) {
+  const std::size_t row = summaries.row_stride();
+  for (std::size_t page = 0; page < pages.size(); ++page) {
+    const Scalar* lowest = summaries.min(pages[page].page);
+    const Scalar* highest = summaries.max(pages[page].page);
+    simd::Floats largest{};
+    std::size_t i = 0;
+    for (; i + simd::lanes <= row; i += simd::lanes) {
+      largest = simd::max(simd::max(-simd::load(lowest + i), simd::load(highest + i)), largest);
+    }
+    float& magnitude = magnitudes[page] = 0.0F;
+    for (std::size_t lane = 0; lane < simd::lanes; ++lane) magnitude = std::max(magnitude, largest[lane]);
+    for (; i < row; ++i) magnitude = std::max({magnitude, -simd::widened(lowest[i]), simd::widened(highest[i])});
+  }
+}
+
 }  // namespace kvsparse

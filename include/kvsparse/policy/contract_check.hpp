@@ -38,6 +38,7 @@ KVSPARSE_DEFINE_HAS_MEMBER(selection)
 KVSPARSE_DEFINE_HAS_MEMBER(scope)
 KVSPARSE_DEFINE_HAS_MEMBER(granularity)
 KVSPARSE_DEFINE_HAS_MEMBER(reads_rows)
+KVSPARSE_DEFINE_HAS_MEMBER(knows_logits)
 
 KVSPARSE_DEFINE_HAS_TRAIT(selection)
 KVSPARSE_DEFINE_HAS_TRAIT(evidence)
@@ -210,6 +211,12 @@ struct ContractCheck {
             { P::reads_rows } -> std::convertible_to<bool>;
           },
       "kvsparse policy: the trait reads_rows has the wrong type. Write: static constexpr bool reads_rows = true;");
+  static_assert(
+      !has_member_knows_logits<P> ||
+          requires {
+            { P::knows_logits } -> std::convertible_to<bool>;
+          },
+      "kvsparse policy: the trait knows_logits has the wrong type. Write: static constexpr bool knows_logits = true;");
   static_assert(has_trait_selection<P, SelectionScope>,
                 "kvsparse policy: the trait selection has the wrong type. Write: static constexpr SelectionScope "
                 "selection = SelectionScope::query_head; or SelectionScope selection() const;");

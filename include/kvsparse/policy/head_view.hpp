@@ -15,6 +15,7 @@
 
 #include "../config.hpp"
 #include "../core/geometry.hpp"
+#include "../core/logit_options.hpp"
 #include "../core/views.hpp"
 #include "../memory/page_bounds.hpp"
 #include "../memory/page_table.hpp"
@@ -72,6 +73,9 @@ struct RowAccess {
   /// bounds[page * group + q] for the pages given, resident order, or their largest for each page.
   void (*upper_bounds)(const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
                        BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) = nullptr;
+  /// magnitudes[page] for the pages given: no element of the page's keys is larger in magnitude.
+  void (*largest_magnitudes)(const void* store, std::span<const ResidentPage> pages,
+                             std::span<float> magnitudes) = nullptr;
 };
 
 /// What is the same for all heads of a layer.
@@ -90,6 +94,7 @@ class HeadPages {
   struct Storage {
     const LayerContext* context = nullptr;
     const PageTable* table = nullptr;
+    const LogitOptions* logits = nullptr;
     const void* rows = nullptr;  // what the functions of RowAccess take first
     std::size_t kv_head = 0;
     std::uint64_t evictions = 0;
@@ -129,6 +134,13 @@ class HeadPages {
     const std::int64_t visible = end_ - first_position(page);
     const std::size_t stored = table()[page].tokens;
     return visible < static_cast<std::int64_t>(stored) ? static_cast<std::size_t>(visible) : stored;
+  }
+  /// Of those, the ones within the newest token's sliding window.
+  std::size_t tokens_in_window(PageIndex page) const {
+    const std::size_t window = logits().window;
+    const std::int64_t unseen = end_.value - static_cast<std::int64_t>(window) - first_position(page).value;
+    if (window == 0 || unseen <= 0) return tokens(page);
+    return tokens(page) - std::min(tokens(page), static_cast<std::size_t>(unseen));
   }
   /// Visible tokens that came after the page's first and are gone.
   std::size_t evicted_after(PageIndex page) const {
@@ -240,6 +252,8 @@ class HeadPages {
   std::size_t read_page_budget() const { return storage_.context->read_page_budget; }
   /// Pages this head has evicted so far: the counter of counter-based random numbers.
   std::uint64_t evictions() const { return storage_.evictions; }
+  /// What the kernel makes of dot products. A policy that goes by it has the trait knows_logits.
+  const LogitOptions& logits() const { return *storage_.logits; }
 
   // --- stored data, as floats ---
   /// row: [head_dim]. O(head_dim).
@@ -270,6 +284,11 @@ class HeadPages {
   void pooled_upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
     rows().upper_bounds(storage_.rows, table_pages(), queries, BoundPooling::max, storage_.padded_queries, bounds);
   }
+  /// magnitudes [size()]: no element of the page's keys is larger in magnitude. Needs page_summary = min_max.
+  /// O(size() * head_dim).
+  void largest_magnitudes(std::span<float> magnitudes) const {
+    rows().largest_magnitudes(storage_.rows, table_pages(), magnitudes);
+  }
   /// The query group seen `age` attend calls ago (0: the one before the running one); needs the query_window trait.
   QueryGroup recent_queries(std::size_t age) const {
     const std::size_t row = geometry().group() * head_dim();
@@ -284,8 +303,9 @@ class HeadPages {
     return storage_.queries_seen < window ? storage_.queries_seen : window;
   }
 
-  /// Working memory of a verb, overwritten by the next verb: for each resident page group() + 2 floats, two rows of
-  /// head_dim, and, when the policy's granularity is token or it has the verb trim, two floats for each token.
+  /// Working memory of a verb, overwritten by the next verb, except that select_more finds what select left: for each
+  /// resident page group() + 3 floats, two rows of head_dim, group() floats, and, when the policy's granularity is token
+  /// or it has the verb trim, two floats for each token.
   std::span<float> scratch() const { return storage_.scratch; }
 
  private:

@@ -23,6 +23,8 @@
 //   query_window   * (0)         recent queries that the container keeps for HeadPages::recent_queries
 //   page_summary   * (none)      PageSummary::min_max or mean
 //   reads_rows       (false)     load_key or load_value is called: an engine that lends no rows cannot serve the policy
+//   knows_logits     (false)     it scores keys as HeadPages::logits() says (MassBounds does), not by dot products alone:
+//                                windows, ALiBi and soft caps are no reason to refuse it
 //   slack_tokens   * (0)         a lagged evictor aims this far below the budget, so that the budget holds between trims
 //   period         * (0)         decode steps between two calls of trim
 //   pin_prompt     * (false)     pages that hold a prompt token are never victims
@@ -69,8 +71,8 @@
 //   HierarchicalTopK  select probes load_key of middle slots, coarse to fine; no state.
 //   HalfSpace         page_summary min_max, select_always; select adds every page whose bound passes a threshold kept in
 //                     HeadState (last step's log_sum_exp), however many they are.
-//   Certified         page_summary min_max; select reads the best pages; select_more compares the unread pages' bounds with
-//                     the SoftmaxState so far and goes on until the certificate holds.
+//   Certified         page_summary min_max, knows_logits; select bounds every page's mass and reads the best page of each
+//                     query head; select_more compares what is unread with the SoftmaxState so far until it is small enough.
 //   SubGen            select_always; on_evict hands the page's weight to the nearest survivor's PageState; select gives
 //                     log_weight and value_log_weight.
 //   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState, of a compile-time largest size;
@@ -212,6 +214,16 @@ constexpr bool reads_rows() {
                   { P::reads_rows } -> std::convertible_to<bool>;
                 }) {
     return P::reads_rows;
+  } else {
+    return false;
+  }
+}
+template <class P>
+constexpr bool knows_logits() {
+  if constexpr (requires {
+                  { P::knows_logits } -> std::convertible_to<bool>;
+                }) {
+    return P::knows_logits;
   } else {
     return false;
   }
