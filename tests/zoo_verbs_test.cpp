@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "kvsparse/policy/certified.hpp"
+#include "kvsparse/policy/clustered.hpp"
 #include "kvsparse/policy/half_space.hpp"
 #include "kvsparse/policy/hash_attention.hpp"
 #include "kvsparse/policy/hierarchical_top_k.hpp"
@@ -18,6 +20,7 @@
 #include "kvsparse/policy/lrfu.hpp"
 #include "kvsparse/policy/r_kv.hpp"
 #include "kvsparse/policy/snap_kv.hpp"
+#include "kvsparse/policy/streaming_sketch.hpp"
 #include "kvsparse/policy/tova.hpp"
 #include "kvsparse/policy/value_aware.hpp"
 #include "support/rejected_drafts.hpp"
@@ -49,6 +52,11 @@ void for_zoo(Visit&& visit) {
   visit(HashAttention{});
   visit(HierarchicalTopK{});
   visit(HalfSpace{});
+  visit(Certified{});
+  Clustered clustered;
+  clustered.options.window = 4;
+  visit(clustered);
+  visit(BasicStreamingSketch<8, head_dim>{});
 }
 
 TEST(ZooVerbs, RejectedDraftsLeaveNoTrace) {

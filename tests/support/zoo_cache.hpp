@@ -5,7 +5,9 @@
 #pragma once
 
 #include <span>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "kvsparse/cache/any_cache.hpp"
 
@@ -14,5 +16,8 @@ namespace kvsparse_test {
 /// Throws std::invalid_argument if there is no such policy.
 kvsparse::AnyCache zoo_cache(std::string_view policy, kvsparse::ScalarType scalar, const kvsparse::CacheConfig& config,
                              std::span<const kvsparse::OptionSetting> settings);
+
+/// The names of those that evict.
+std::vector<std::string> zoo_evictors();
 
 }  // namespace kvsparse_test

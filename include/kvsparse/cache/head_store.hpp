@@ -45,9 +45,9 @@ struct HeadSizes {
     token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
     const bool scores_tokens = tokens || Trimmer<Policy>;
-    scratch = decides
-                  ? pages * (group + 3) + 2 * geometry.head_dim + group + (scores_tokens ? 2 * pages * geometry.page_size : 0)
-                  : 0;
+    scratch = decides ? pages * (group + 3) + 2 * geometry.head_dim + group +
+                            (scores_tokens ? 2 * pages * geometry.page_size : 0)
+                      : 0;
     padded_queries = bounds ? 2 * group * row : 0;
     query_window = traits::query_window(policy) * group * geometry.head_dim;
   }
@@ -72,11 +72,15 @@ struct HeadStore {
 
   // --- pages ---
 
-  HeadView<Policy> view(const LayerContext& context, const LogitOptions& logits, const void* store, std::size_t kv_head,
-                        Position end, bool has_open_page) {
-    const HeadPages pages(
-        {&context, &table, &logits, store, kv_head, evictions, scratch, padded_queries, query_window, queries_seen}, end,
-        has_open_page);
+  /// of_layer: what the layer knows; the head adds its own.
+  HeadView<Policy> view(HeadPages::Storage of_layer, Position end, bool has_open_page) {
+    of_layer.table = &table;
+    of_layer.evictions = evictions;
+    of_layer.scratch = scratch;
+    of_layer.padded_queries = padded_queries;
+    of_layer.query_window = query_window;
+    of_layer.queries_seen = queries_seen;
+    const HeadPages pages(of_layer, end, has_open_page);
     return {pages, page_states.data(), sizeof(PageState<Policy>), &state};
   }
   void open_page(const ResidentPage& page) {
@@ -168,7 +172,8 @@ struct HeadStore {
     if (read.token_mask == nullptr) return 0.0F;
     const std::size_t first = tokens_outside_window(read.index);
     std::size_t left_out = 0;
-    for (std::size_t t = first; t < read.tokens; ++t) left_out += (read.token_mask[t / 64] >> (t % 64) & 1) == 0 ? 1 : 0;
+    for (std::size_t t = first; t < read.tokens; ++t)
+      left_out += (read.token_mask[t / 64] >> (t % 64) & 1) == 0 ? 1 : 0;
     return left_out == 0 ? 0.0F : static_cast<float>(left_out) / static_cast<float>(read.tokens - first);
   }
 

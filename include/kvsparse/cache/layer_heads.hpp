@@ -182,7 +182,8 @@ class LayerHeads {
   }
 
   /// Bounds what the reads selected last leave unread of the softmax; states: of those queries, sinks and all. Needs
-  /// page_summary = min_max of a policy that selects. lost_mass: [queries.size]. The next verb's scratch is overwritten.
+  /// page_summary = min_max of a policy that selects. lost_mass: [queries.size]. The next verb's scratch is
+  /// overwritten.
   void bound_lost_mass(std::size_t kv_head, std::size_t first_query, const QueryGroup& queries,
                        std::span<const SoftmaxState> states, float* lost_mass) noexcept {
     std::fill_n(lost_mass, queries.size, 0.0F);
@@ -260,7 +261,12 @@ class LayerHeads {
   // A head's pages as its policy sees them outside a query: no page is open while a victim is looked for.
   HeadView<Policy> view(std::size_t kv_head) { return view(kv_head, next_, false); }
   HeadView<Policy> view(std::size_t kv_head, Position end, bool has_open_page) {
-    return heads_[kv_head].view(context_, config_.logits, store_, kv_head, end, has_open_page);
+    const HeadPages::Storage of_layer{.context = &context_,
+                                      .logits = &config_.logits,
+                                      .rows = store_,
+                                      .kv_head = kv_head,
+                                      .prompt_end = Position{0} + prompt_tokens_};
+    return heads_[kv_head].view(of_layer, end, has_open_page);
   }
   LayerView<Policy> layer_view(typename LayerView<Policy>::HeadOf head_of) {
     return {this, head_of, heads_.size(), layer_state_};

@@ -93,14 +93,15 @@ class HeadPages {
  public:
   struct Storage {
     const LayerContext* context = nullptr;
-    const PageTable* table = nullptr;
     const LogitOptions* logits = nullptr;
     const void* rows = nullptr;  // what the functions of RowAccess take first
     std::size_t kv_head = 0;
+    Position prompt_end;
+    const PageTable* table = nullptr;
     std::uint64_t evictions = 0;
-    std::span<float> scratch;
-    std::span<float> padded_queries;
-    std::span<const float> query_window;  // ring, [window, group, head_dim]
+    std::span<float> scratch = {};
+    std::span<float> padded_queries = {};
+    std::span<const float> query_window = {};  // ring, [window, group, head_dim]
     std::size_t queries_seen = 0;
   };
 
@@ -129,6 +130,8 @@ class HeadPages {
   /// Neither pinned nor open: a page that `victim` may name.
   bool is_evictable(PageIndex page) const { return !is_pinned(page) && !is_open(page); }
   std::size_t pinned_pages() const { return table().pinned_pages(); }
+  /// Whether the page holds a token of the prompt, pinned or not.
+  bool is_of_prompt(PageIndex page) const { return first_position(page) < storage_.prompt_end; }
   Position first_position(PageIndex page) const { return table()[page].first_position; }
   std::size_t tokens(PageIndex page) const {
     const std::int64_t visible = end_ - first_position(page);
@@ -252,7 +255,9 @@ class HeadPages {
   std::size_t read_page_budget() const { return storage_.context->read_page_budget; }
   /// Pages this head has evicted so far: the counter of counter-based random numbers.
   std::uint64_t evictions() const { return storage_.evictions; }
-  /// What the kernel makes of dot products. A policy that goes by it has the trait knows_logits.
+  /// What dot products are multiplied by.
+  float softmax_scale() const { return storage_.context->softmax_scale; }
+  /// What the kernel makes of scaled dot products. A policy that goes by it has the trait knows_logits.
   const LogitOptions& logits() const { return *storage_.logits; }
 
   // --- stored data, as floats ---
@@ -304,8 +309,8 @@ class HeadPages {
   }
 
   /// Working memory of a verb, overwritten by the next verb, except that select_more finds what select left: for each
-  /// resident page group() + 3 floats, two rows of head_dim, group() floats, and, when the policy's granularity is token
-  /// or it has the verb trim, two floats for each token.
+  /// resident page group() + 3 floats, two rows of head_dim, group() floats, and, when the policy's granularity is
+  /// token or it has the verb trim, two floats for each token.
   std::span<float> scratch() const { return storage_.scratch; }
 
  private:

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The compression barrier (2502.15955): whoever keeps L tokens, or anything of that size, of a sequence of N cannot
+// answer for all of them, whatever its policy. Keys here look alike, nothing tells which of them will be wanted, and at
+// the end a query wants one of the early ones. Whoever keeps everything finds each of them, however few tokens it
+// reads.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "engine/named_cache.hpp"
+#include "support/random_trace.hpp"
+#include "support/zoo_cache.hpp"
+
+namespace kvsparse_test {
+namespace {
+
+constexpr std::size_t tokens = 320, prompt = 16, budget = 64, dim = 32;
+constexpr float sharpness = 12.0F;  // the key that is asked for has a logit of 68, others 12 or less, give or take
+
+struct Stream {
+  std::vector<float> k, v, q;  // [tokens, dim]
+
+  explicit Stream(std::uint64_t seed) {
+    TestRng rng(seed);
+    for (std::vector<float>* rows : {&k, &v, &q}) {
+      for (std::size_t i = 0; i < tokens * dim; ++i) rows->push_back(static_cast<float>(rng.gaussian()));
+    }
+    for (std::size_t t = 0; t < tokens; ++t) {  // keys of one length, values too
+      for (std::vector<float>* rows : {&k, &v}) {
+        float* row = rows->data() + t * dim;
+        float square = 0.0F;
+        for (std::size_t i = 0; i < dim; ++i) square += row[i] * row[i];
+        for (std::size_t i = 0; i < dim; ++i) row[i] *= std::sqrt(static_cast<float>(dim) / square);
+      }
+    }
+  }
+  static std::span<const float> row(const std::vector<float>& rows, std::size_t t) {
+    return std::span<const float>(rows).subspan(t * dim, dim);
+  }
+};
+
+kvsparse::AnyCache cache_of(const std::string& policy) {
+  kvsparse::CacheConfig config;
+  config.head_dim = dim;
+  config.page_size = 4;
+  config.budget_tokens = config.read_budget_tokens = budget;
+  config.max_tokens = tokens;
+  const std::vector<std::string> named = kvsparse::policy_names();
+  if (std::find(named.begin(), named.end(), policy) == named.end()) {
+    std::vector<kvsparse::OptionSetting> settings;
+    if (policy == "r_kv") settings.push_back({"period", "16"});  // by default more than the budget
+    return zoo_cache(policy, kvsparse::ScalarType::f32, config, settings);
+  }
+  return kvsparse_tools::named_cache(policy, kvsparse::ScalarType::f32, config, {});
+}
+
+/// The positions behind the prompt and before the middle whose value comes back when their key is asked for at the end.
+std::set<std::size_t> found_by(const std::string& policy, const Stream& stream) {
+  kvsparse::AnyCache cache = cache_of(policy);
+  std::vector<float> out(dim);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const auto k = Stream::row(stream.k, t);
+    const auto v = Stream::row(stream.v, t);
+    EXPECT_TRUE((t < prompt ? cache.append_prompt(k, v) : cache.append(k, v)).ok());
+    EXPECT_TRUE(cache.attend(Stream::row(stream.q, t), out).ok());
+  }
+  std::set<std::size_t> found;
+  for (std::size_t planted = prompt; planted < tokens / 2; ++planted) {
+    std::vector<float> q(Stream::row(stream.k, planted).begin(), Stream::row(stream.k, planted).end());
+    for (float& element : q) element *= sharpness;
+    kvsparse::AnyCache asked = cache;
+    EXPECT_TRUE(asked.attend(q, out).ok());
+    double distance = 0.0;
+    for (std::size_t i = 0; i < dim; ++i) {
+      distance += std::pow(static_cast<double>(out[i]) - static_cast<double>(stream.v[planted * dim + i]), 2);
+    }
+    if (std::sqrt(distance) < 0.25 * std::sqrt(static_cast<double>(dim))) found.insert(planted);
+  }
+  return found;
+}
+
+constexpr std::size_t askable = tokens / 2 - prompt;
+
+TEST(CompressionBarrier, EveryPolicyOfBoundedMemoryLosesSomePosition) {
+  std::vector<std::string> evictors = zoo_evictors();
+  for (const std::string& name : kvsparse::policy_names()) {
+    if (kvsparse::policy_facts(name).evicts) evictors.push_back(name);
+  }
+  EXPECT_GT(evictors.size(), 12U);
+  for (const std::string& policy : evictors) {
+    for (const std::uint64_t seed : {1, 2}) {
+      EXPECT_LE(found_by(policy, Stream(seed)).size(), budget) << policy;
+    }
+  }
+}
+
+TEST(CompressionBarrier, WhoKeepsEverythingFindsEveryPosition) {
+  for (const std::string policy : {"dense", "quest", "certified", "oracle"}) {
+    for (const std::uint64_t seed : {1, 2}) {
+      EXPECT_EQ(found_by(policy, Stream(seed)).size(), askable) << policy;
+    }
+  }
+}
+
+// The barrier is one of memory, not of reading: Quest reads a fifth of the tokens, and a proof takes a third.
+TEST(CompressionBarrier, FindsThemReadingFewTokens) {
+  const Stream stream(1);
+  for (const std::string policy : {"quest", "certified"}) {
+    kvsparse::AnyCache cache = cache_of(policy);
+    for (std::size_t t = 0; t < tokens; ++t) {
+      ASSERT_TRUE(cache.append(Stream::row(stream.k, t), Stream::row(stream.v, t)).ok());
+    }
+    std::vector<float> q(Stream::row(stream.k, 100).begin(), Stream::row(stream.k, 100).end());
+    for (float& element : q) element *= sharpness;
+    std::vector<float> out(dim);
+    ASSERT_TRUE(cache.attend(q, out).ok());
+    EXPECT_LE(cache.stats().last_read_tokens, policy == "quest" ? budget : 2 * budget) << policy;
+  }
+}
+
+}  // namespace
+}  // namespace kvsparse_test
