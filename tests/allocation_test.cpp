@@ -51,7 +51,7 @@ void for_every_cache(Visit&& visit) {
   for (const std::string& policy : policy_names()) {
     const std::vector<std::string> keys = policy_facts(policy).option_keys;
     std::vector<Settings> variants(1);
-    const Settings options{{"evidence", "quest_bound"}, {"pool", "query_head"}, {"used", "rank"}};
+    const Settings options{{"evidence", "quest_bound"}, {"pool", "query_head"}, {"over", "prompt"}, {"used", "rank"}};
     for (const OptionSetting& option : options) {
       if (std::find(keys.begin(), keys.end(), option.key) != keys.end()) variants.push_back({option});
     }

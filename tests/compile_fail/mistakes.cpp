@@ -328,6 +328,10 @@ struct PinWithoutVictim : Named {
 
 // EXPECT the first part of Compose must evict
 struct NotAnEvictor : Named {};
+// EXPECT the first part of Compose must not select
+struct SelectsToo : Evicting<SelectsToo> {
+  void select(kvsparse::HeadView<SelectsToo>, kvsparse::QueryGroup, kvsparse::Selection&) const {}
+};
 // EXPECT the second part of Compose must select and not evict
 struct NotASelector : Named {};
 
@@ -347,5 +351,6 @@ void use() {
 
 #if !defined(IN_THE_CONTAINER)
 constexpr std::size_t first_part = sizeof(kvsparse::Compose<mistakes::NotAnEvictor, kvsparse::Quest>);
+constexpr std::size_t selecting_part = sizeof(kvsparse::Compose<mistakes::SelectsToo, kvsparse::Quest>);
 constexpr std::size_t second_part = sizeof(kvsparse::Compose<kvsparse::Raas, mistakes::NotASelector>);
 #endif

@@ -35,12 +35,12 @@ TEST(Options, EveryPolicyListsItsKeys) {
   EXPECT_EQ(option_keys<Dense>(), Keys{});
   EXPECT_EQ(option_keys<StreamingLlm>(), (Keys{"sinks", "pin_prompt", "in_cache_positions"}));
   EXPECT_EQ(option_keys<H2o>(), Keys{"pin_prompt"});
-  EXPECT_EQ(option_keys<Quest>(), Keys{"pool"});
+  EXPECT_EQ(option_keys<Quest>(), (Keys{"pool", "over"}));
   EXPECT_EQ(option_keys<Raas>(), (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "preset"}));
   EXPECT_EQ(option_keys<Kindred>(), (Keys{"alpha", "window", "patience", "caution", "pin_prompt"}));
   EXPECT_EQ(option_keys<Random>(), (Keys{"seed", "pin_prompt"}));
   EXPECT_EQ((option_keys<Compose<Raas, Quest>>()),
-            (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "pool", "preset"}));
+            (Keys{"used", "alpha", "r", "evidence", "pin_prompt", "pool", "over", "preset"}));
 }
 
 TEST(Options, DefaultsAreThoseOfTheDefinitions) {

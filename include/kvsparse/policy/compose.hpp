@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compose<Evict, Select>: the first policy decides what stays resident, the second what of it each query reads. For a
-// page that was not read the evictor has no evidence, so its stamp, last mass and accumulated mass stay as they were.
-// Source: the combination that the RaaS paper (2502.11147) advises for long prompts.  Costs: those of the parts.
+// Compose<Evict, Select>: the first policy decides what stays resident, the second what of it each query reads. Of a
+// page that was not read nothing is known: its stamp, last mass and accumulated mass stay as they were, it is not told
+// that nobody wanted it. Ages go on, and a mass is a share of what was read, which leaves out what was not. An evictor
+// that must see all it may give up is composed with a selector that reads all of that, such as Quest with over =
+// prompt. Source: the combination that the RaaS paper (2502.11147) advises for long prompts.  Costs: those of the
+// parts.
 #pragma once
 
 #include <array>
@@ -13,6 +16,9 @@ namespace kvsparse {
 template <class Evict, class Select>
 struct Compose {
   static_assert(Evictor<Evict>, "kvsparse: the first part of Compose must evict: it needs the verb victim.");
+  static_assert(!Selector<Evict>,
+                "kvsparse: the first part of Compose must not select: what it would read, or weigh, is for the second "
+                "part to say.");
   static_assert(Selector<Select> && !Evictor<Select>,
                 "kvsparse: the second part of Compose must select and not evict: it needs the verb select alone.");
   using EvictPart = Evict;

@@ -54,7 +54,9 @@
 //   PagesUsed pages_used(HeadView<P>)             for stats(): how many of the pages judged were found used
 //
 // `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no open
-// page then, and the page filled last is an ordinary one. Inside a query, evidence of a page not visited is unknown, not zero.
+// page then, and the page filled last is an ordinary one.
+// Of a page that a query did not read nothing is known, which is not zero: what a policy noted of it (a stamp, a last mass, a sum)
+// stays as it was. Ages and decays go on. A mass is a share of what was read, so it is larger the more is left unread.
 // With an executor, verbs of different heads run at the same time; those of one head never do, and those that take a LayerView
 // run alone.
 // State is changed by the on_ verbs, observe and victim alone: after rejected drafts it is set back and these are called again for
@@ -73,7 +75,7 @@
 //                     HeadState (last step's log_sum_exp), however many they are.
 //   Certified         page_summary min_max, knows_logits; select bounds every page's mass and reads the best page of each
 //                     query head; select_more compares what is unread with the SoftmaxState so far until it is small enough.
-//   SubGen            select_always; on_evict hands the page's weight to the nearest survivor's PageState; select gives
+//   Clustered         select_always; on_evict hands the page's weight to the nearest survivor's PageState; select gives
 //                     log_weight and value_log_weight.
 //   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState, of a compile-time largest size;
 //                     residual merges it by log-sum-exp.

@@ -4,7 +4,10 @@
 // summaries. Per step: O(N/B d + L d).  Memory: O(N) plus two key rows a page.  The budget caps reads, not residency.
 // Departs from the paper: one selection for each kv head, by the largest bound in its query group (pool = query_head
 // gives one for each query head, as the evaluation code does); queries of the prompt select like any other query (the
-// paper prefills densely: below the read budget the two are the same).
+// paper prefills densely: below the read budget the two are the same). over = prompt is the other half of what the RaaS
+// paper (2502.11147) advises for long prompts, Compose<Raas, Quest>: every decoded page is read, so that RaaS sees what
+// all it may evict is worth, and the rest of the read budget goes to the best pages of the prompt. Where decoded pages
+// alone fill the read budget, Quest chooses among all, as ever.
 #pragma once
 
 #include "policy.hpp"
@@ -16,11 +19,17 @@ struct Quest {
   static constexpr PageSummary page_summary = PageSummary::min_max;
 
   enum class Pool { max, query_head };
+  enum class Over { all, prompt };
   static constexpr std::string_view names_of(Pool) { return "max|query_head"; }
+  static constexpr std::string_view names_of(Over) { return "all|prompt"; }
 
   struct Options {
     Pool pool = Pool::max;
-    void visit(auto&& field) { field("pool", pool); }
+    Over over = Over::all;  ///< what is chosen among; pages without a token of the prompt are all read under `prompt`
+    void visit(auto&& field) {
+      field("pool", pool);
+      field("over", over);
+    }
   } options;
 
   SelectionScope selection() const {
@@ -28,10 +37,25 @@ struct Quest {
   }
 
   void select(HeadView<Quest> head, QueryGroup queries, Selection& selection) const {
-    const std::span<float> bounds = head.scratch().first(head.size());
-    head.pooled_upper_bounds(queries, bounds);
     selection.add(head.open_page());
-    selection.add_highest(bounds, head.read_page_budget() - 1);
+    HeadPages candidates = head;
+    const std::size_t of_prompt = prompt_pages(head);
+    if (options.over == Over::prompt && head.size() - of_prompt < head.read_page_budget()) {
+      candidates.hide_newer_than(of_prompt);
+      for (auto page = static_cast<std::uint32_t>(of_prompt); page < head.size(); ++page)
+        selection.add(PageIndex{page});
+    }
+    const std::span<float> bounds = head.scratch().first(head.size());
+    candidates.pooled_upper_bounds(queries, bounds);
+    selection.add_highest(bounds, head.read_page_budget() - selection.pages().size());
+  }
+
+ private:
+  /// They are the oldest.
+  static std::size_t prompt_pages(const HeadPages& head) {
+    std::uint32_t pages = 0;
+    while (pages < head.size() && head.is_of_prompt({pages})) ++pages;
+    return pages;
   }
 };
 
