@@ -276,20 +276,9 @@ class PagedKvCache : private LayerDrafts<Policy> {
   // --- the decode step, head by head: what attend() is made of, for an engine with a kernel of its own ---
 
   PagedKv<Key, Value> pages() const { return pool_.memory().rows.view(); }
-  using Pages::add_residual;
-  using Pages::add_sinks;
-  using Pages::begin_query;
-  using Pages::bound_lost_mass;
-  using Pages::check_queries;
-  using Pages::end_step;
-  using Pages::logit_map;
-  using Pages::observe;
-  using Pages::queries_per_selection;
-  using Pages::reads_all;
-  using Pages::record;
-  using Pages::select;
-  using Pages::select_more;
-  using Pages::tap;
+  using Pages::add_residual, Pages::add_sinks, Pages::begin_query, Pages::bound_lost_mass, Pages::check_queries,
+      Pages::end_step, Pages::logit_map, Pages::observe, Pages::queries_per_selection, Pages::reads_all, Pages::record,
+      Pages::select, Pages::select_more, Pages::tap;
 
   using Pages::head;                                                                        // for attend() alone
   detail::AttendScratch& attend_scratch(std::size_t kv_head) { return scratch_[kv_head]; }  // for attend() alone
