@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -42,6 +43,13 @@ struct LowestMass {
     return head.lowest_evictable(
         [&](kvsparse::PageIndex page) { return options.newest ? -1.0F : head.state(page).mass; });
   }
+};
+
+/// Gives up the page at a place of its list that no option names.
+struct PageAtPlace {
+  static constexpr std::string_view name = "page_at_place";
+  std::uint32_t place = 0;
+  kvsparse::PageIndex victim(kvsparse::HeadView<PageAtPlace>) const { return {place}; }
 };
 
 CacheConfig small_config() {
@@ -99,6 +107,21 @@ TEST(AnyCacheOf, HoldsAPolicyThatIsNotInTheNameTable) {
   AnyCache copy = other;
   EXPECT_EQ(run(copy, rows), run(other, rows));
   EXPECT_NE(copy.resident_positions(1), any.resident_positions(1));
+}
+
+TEST(AnyCacheOf, TakesAPolicyThatSettingsDoNotDescribe) {
+  const CacheConfig config = small_config();
+  const Rows rows(100, config, 6);
+  for (const std::uint32_t place : {0U, 1U, 3U}) {
+    AnyCache any = AnyCache::of<PageAtPlace, float>(PageAtPlace{place}, ScalarType::f32, config);
+    PagedKvCache<PageAtPlace, float> typed(config, PageAtPlace{place});
+    EXPECT_EQ(run(any, rows), run(typed, rows));
+    // The pages before that place never go.
+    const std::vector<kvsparse::Position> resident = any.resident_positions(0);
+    EXPECT_EQ(resident.size(), config.budget_tokens);
+    for (std::uint32_t page = 0; page < place; ++page) EXPECT_EQ(resident[4 * page].value, 4 * page);
+    EXPECT_EQ(resident[4 * place].value, 100 - 4 * static_cast<std::int64_t>(6 - place));
+  }
 }
 
 TEST(AnyCacheOf, IsThePolicyByNameForOneOfTheTable) {

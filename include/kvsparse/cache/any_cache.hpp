@@ -63,7 +63,7 @@ class AnyCache {
                                       std::span<const OptionSetting> settings = {}, const AnyPagePool* pool = nullptr) {
     std::optional<AnyCache> cache;
     detail::visit_policies(List{}, [&]<class Policy>() {
-      if (Policy::name == policy) cache = AnyCache(make<Policy, Scalars...>(scalar, config, pool, settings));
+      if (Policy::name == policy) cache = AnyCache(make<Policy, Scalars...>(Policy{}, scalar, config, pool, settings));
     });
     return cache;
   }
@@ -73,18 +73,24 @@ class AnyCache {
   /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
   template <class Policy, StorageScalar... Scalars>
   static AnyCache of(ScalarType scalar, const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
-    return AnyCache(make<Policy, Scalars...>(scalar, config, nullptr, settings));
+    return of<Policy, Scalars...>(Policy{}, scalar, config, settings);
+  }
+  /// The same for a policy that its settings do not describe in full; they are set on a copy of it.
+  template <class Policy, StorageScalar... Scalars>
+  static AnyCache of(const Policy& policy, ScalarType scalar, const CacheConfig& config,
+                     std::span<const OptionSetting> settings = {}) {
+    return AnyCache(make<Policy, Scalars...>(policy, scalar, config, nullptr, settings));
   }
   /// Keys and values each in a type of its own, with pages of its own or over those of a pool: an engine compiles the
   /// pairs it wants, and chooses among them by name. Throws ConfigError as `of` does.
   template <class Policy, StorageScalar Key, StorageScalar Value>
   static AnyCache of_pair(const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
-    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, with_settings<Policy>(settings)));
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, with_settings(Policy{}, settings)));
   }
   template <class Policy, StorageScalar Key, StorageScalar Value>
   static AnyCache of_pair(const CacheConfig& config, const PagePool<Key, Value>& pool,
                           std::span<const OptionSetting> settings = {}) {
-    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, pool, with_settings<Policy>(settings)));
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, pool, with_settings(Policy{}, settings)));
   }
 
   AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
@@ -273,12 +279,12 @@ class AnyCache {
 
   /// pool: null for one of its own.
   template <class Policy, StorageScalar... Scalars>
-  static std::unique_ptr<Interface> make(ScalarType scalar, const CacheConfig& config, const AnyPagePool* pool,
-                                         std::span<const OptionSetting> settings) {
+  static std::unique_ptr<Interface> make(const Policy& unset, ScalarType scalar, const CacheConfig& config,
+                                         const AnyPagePool* pool, std::span<const OptionSetting> settings) {
     if constexpr (sizeof...(Scalars) == 0) {
-      return make<Policy, float, Half, Bfloat16, Int8>(scalar, config, pool, settings);
+      return make<Policy, float, Half, Bfloat16, Int8>(unset, scalar, config, pool, settings);
     } else {
-      const Policy policy = with_settings<Policy>(settings);
+      const Policy policy = with_settings(unset, settings);
       const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];
       std::unique_ptr<Interface> cache;
       const auto try_type = [&]<class Scalar>() {
@@ -297,8 +303,7 @@ class AnyCache {
   }
 
   template <class Policy>
-  static Policy with_settings(std::span<const OptionSetting> settings) {
-    Policy policy;
+  static Policy with_settings(Policy policy, std::span<const OptionSetting> settings) {
     for (const bool presets : {true, false}) {
       for (const OptionSetting& setting : settings) {
         if ((setting.key == "preset") == presets && !set_option(policy, setting)) {
