@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "common/allocation_counter.hpp"
@@ -176,6 +177,28 @@ TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
       expect_the_bytes_that_a_handle_tells(config, make);
     }
   });
+}
+
+TEST(Allocations, ValuesOfAnotherWidthAndALatentTakeWhatWasAnnouncedAndNothingLater) {
+  for (const bool values_in_keys : {false, true}) {
+    CacheConfig config = config_of(7, 3);
+    config.head_dim = 48;
+    config.value_dim = 20;
+    config.values_in_keys = values_in_keys;
+    expect_the_bytes_that_were_announced<Dense, Int8>(config, {});
+    expect_the_bytes_that_were_announced<Raas, Half>(config, {});
+    const std::vector<float> k(2 * 48), v(values_in_keys ? 0 : 2 * 20), q(6 * 48);
+    std::vector<float> out(6 * 20);
+    PagedKvCache<Raas, Half> cache(config);
+    const Counters before;
+    bool ok = true;
+    for (int t = 0; t < 100; ++t) ok = ok && cache.append(k, v).ok() && attend(cache, q, out).ok();
+    const Counters after;
+    EXPECT_TRUE(ok);
+    EXPECT_TRUE(after == before);
+    std::swap(config.head_dim, config.value_dim);
+    if (!values_in_keys) expect_the_bytes_that_were_announced<Raas, Half>(config, {});
+  }
 }
 
 /// What the optional parts of the contract cost is announced as well.

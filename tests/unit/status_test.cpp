@@ -42,22 +42,22 @@ TEST(Status, SentencesReadWell) {
 }
 
 TEST(ShapeCheck, FlatSpansMustHoldExactlyTheRows) {
-  const Geometry geometry{4, 2, 8, 16};
-  EXPECT_TRUE(check_size(16, 2, geometry).ok());
-  const Status status = check_size(17, 2, geometry);
+  constexpr std::size_t head_dim = 8;
+  EXPECT_TRUE(check_size(16, 2, head_dim).ok());
+  const Status status = check_size(17, 2, head_dim);
   EXPECT_EQ(status.code(), Code::wrong_size);
   EXPECT_EQ(status.value(), 17U);
   EXPECT_EQ(status.limit(), 16U);
 }
 
 TEST(ShapeCheck, RowViewsMustHaveTheHeadsAndTheirDimension) {
-  const Geometry geometry{4, 2, 8, 16};
+  constexpr std::size_t head_dim = 8;
   const std::vector<float> data(64);
-  EXPECT_TRUE(check_rows(HeadRows<const float>(data.data(), 2, 8), 2, geometry).ok());
-  EXPECT_EQ(check_rows(HeadRows<const float>(data.data(), 3, 8), 2, geometry).code(), Code::wrong_heads);
-  EXPECT_EQ(check_rows(HeadRows<const float>(data.data(), 2, 7), 2, geometry).code(), Code::wrong_head_dim);
-  EXPECT_TRUE(check_rows(TokenRows<const float>(data.data(), 3, 2, 8), 2, geometry).ok());
-  EXPECT_EQ(check_rows(TokenRows<const float>(data.data(), 3, 1, 8), 2, geometry).code(), Code::wrong_heads);
+  EXPECT_TRUE(check_rows(HeadRows<const float>(data.data(), 2, 8), 2, head_dim).ok());
+  EXPECT_EQ(check_rows(HeadRows<const float>(data.data(), 3, 8), 2, head_dim).code(), Code::wrong_heads);
+  EXPECT_EQ(check_rows(HeadRows<const float>(data.data(), 2, 7), 2, head_dim).code(), Code::wrong_head_dim);
+  EXPECT_TRUE(check_rows(TokenRows<const float>(data.data(), 3, 2, 8), 2, head_dim).ok());
+  EXPECT_EQ(check_rows(TokenRows<const float>(data.data(), 3, 1, 8), 2, head_dim).code(), Code::wrong_heads);
 }
 
 TEST(Views, RowsFollowTheirStrides) {

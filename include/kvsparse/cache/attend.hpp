@@ -146,7 +146,7 @@ class AttendStep {
           if (!ranges_are_read) read_range(cache_, block, reads, seen, range);
           if (range == 0) continue;
           const std::span<const SoftmaxState> part = scratch.states(range, first, size);
-          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], group.head_dim);
+          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], cache_.geometry().dim_of_values());
         }
         ranges_are_read = false;
         seen += reads.size();
@@ -163,7 +163,7 @@ class AttendStep {
     }
     for (std::size_t q = 0; q < group.size; ++q) {
       const SoftmaxState& state = scratch.states(0, q, 1)[0];
-      normalise(state, out_.row(kv_head * group.size + q), group.head_dim);
+      normalise(state, out_.row(kv_head * group.size + q), cache_.geometry().dim_of_values());
       if (lse_ != nullptr) lse_[kv_head * group.size + q] = state.log_sum_exp();
     }
     cache_.observe(kv_head, group);
@@ -182,8 +182,8 @@ template <class Cache>
 Status check_attend(const Cache& cache, HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) {
   const std::size_t query_heads = cache.geometry().query_heads;
   if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = check_rows(q, query_heads, cache.geometry()); !status) return status;
-  if (const Status status = check_rows(out, query_heads, cache.geometry()); !status) return status;
+  if (const Status status = check_rows(q, query_heads, cache.geometry().head_dim); !status) return status;
+  if (const Status status = check_rows(out, query_heads, cache.geometry().dim_of_values()); !status) return status;
   if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
     return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
   }
@@ -193,9 +193,9 @@ Status check_attend(const Cache& cache, HeadRows<const float> q, HeadRows<float>
 }  // namespace detail
 
 /// Attends with the newest token's queries, q [query_heads, head_dim], to what the policy reads of what is resident,
-/// that token included, and shows the policy the evidence. out: [query_heads, head_dim]; log_sum_exp: [query_heads] or
-/// empty. O(tokens read * head_dim * group) per kv head, plus the policy's selection. Refuses wrong shapes and an empty
-/// cache.
+/// that token included, and shows the policy the evidence. out: [query_heads, value_dim]; log_sum_exp: [query_heads] or
+/// empty. O(tokens read * (head_dim + value_dim) * group) per kv head, plus the policy's selection. Refuses wrong
+/// shapes and an empty cache.
 ///
 /// The executor's threads share the kv heads and, where these are too few for them, also ranges of 1024 tokens of a
 /// head. Bits do not depend on the executor: the serial overloads do the same sums in the same order. Policies are
@@ -215,10 +215,11 @@ template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
 Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q, std::span<float> out,
               std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
   const Geometry& geometry = cache.geometry();
-  if (const Status status = check_size(q.size(), geometry.query_heads, geometry); !status) return status;
-  if (const Status status = check_size(out.size(), geometry.query_heads, geometry); !status) return status;
+  if (const Status status = check_size(q.size(), geometry.query_heads, geometry.head_dim); !status) return status;
+  if (const Status status = check_size(out.size(), geometry.query_heads, geometry.dim_of_values()); !status)
+    return status;
   return attend(cache, HeadRows<const float>(q.data(), geometry.query_heads, geometry.head_dim),
-                HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp, executor);
+                HeadRows<float>(out.data(), geometry.query_heads, geometry.dim_of_values()), log_sum_exp, executor);
 }
 /// The same on the calling thread.
 template <class Policy, StorageScalar Key, StorageScalar Value>
@@ -233,11 +234,11 @@ Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q,
 }
 
 /// Attends causally, in order, with the queries of the newest q.tokens tokens: query i sees the tokens up to its own.
-/// q, out: [tokens, query_heads, head_dim]. Tokens that were evicted while the chunk was appended are gone for its
-/// early queries too; an evicting policy that must see a long prompt token by token is fed chunks of one token. Refuses
-/// wrong shapes and more queries than tokens. While drafts are outstanding this is how a chunk of them is verified:
-/// queries go one by one then, so that no bit depends on how many drafts there are, and no more may come than there are
-/// drafts, plus the token before them.
+/// q: [tokens, query_heads, head_dim], out: [tokens, query_heads, value_dim]. Tokens that were evicted while the chunk
+/// was appended are gone for its early queries too; an evicting policy that must see a long prompt token by token is
+/// fed chunks of one token. Refuses wrong shapes and more queries than tokens. While drafts are outstanding this is how
+/// a chunk of them is verified: queries go one by one then, so that no bit depends on how many drafts there are, and no
+/// more may come than there are drafts, plus the token before them.
 ///
 /// While the policy reads everything, tiles of 16 queries share each page they load, and the executor's threads share
 /// the kv heads; the sums are those of one token at a time, rounded in another order. Where it selects pages, asks for
@@ -251,8 +252,9 @@ Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const fl
   if (const Status status = cache.check_queries(q.tokens); !status) return status;
   if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
   if (q.tokens == 0) return {};
-  if (const Status status = check_rows(q, cache.geometry().query_heads, cache.geometry()); !status) return status;
-  if (const Status status = check_rows(out, cache.geometry().query_heads, cache.geometry()); !status) return status;
+  const Geometry& geometry = cache.geometry();
+  if (const Status status = check_rows(q, geometry.query_heads, geometry.head_dim); !status) return status;
+  if (const Status status = check_rows(out, geometry.query_heads, geometry.dim_of_values()); !status) return status;
   if (const detail::AttendTiles tiles(cache, q, out); tiles.suit()) {
     tiles.run(executor);
     return {};

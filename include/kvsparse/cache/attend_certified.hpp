@@ -43,10 +43,11 @@ Status attend_certified(PagedKvCache<Policy, Key, Value>& cache, std::span<const
                         std::span<float> log_sum_exp, std::span<float> lost_mass_bound,
                         E&& executor) noexcept(is_nothrow_executor<E>) {
   const Geometry& geometry = cache.geometry();
-  if (const Status status = check_size(q.size(), geometry.query_heads, geometry); !status) return status;
-  if (const Status status = check_size(out.size(), geometry.query_heads, geometry); !status) return status;
+  if (const Status status = check_size(q.size(), geometry.query_heads, geometry.head_dim); !status) return status;
+  if (const Status status = check_size(out.size(), geometry.query_heads, geometry.dim_of_values()); !status)
+    return status;
   return attend_certified(cache, HeadRows<const float>(q.data(), geometry.query_heads, geometry.head_dim),
-                          HeadRows<float>(out.data(), geometry.query_heads, geometry.head_dim), log_sum_exp,
+                          HeadRows<float>(out.data(), geometry.query_heads, geometry.dim_of_values()), log_sum_exp,
                           lost_mass_bound, executor);
 }
 /// The same on the calling thread.

@@ -35,17 +35,19 @@ inline constexpr std::size_t tile_queries = 16;
 /// threads can share a head. Each range has softmax states of its own; those of the first are the head's.
 class AttendScratch {
  public:
-  AttendScratch(std::size_t pages, std::size_t page_size, std::size_t group, std::size_t row)
+  /// row, value_row: head_dim and value_dim, padded.
+  AttendScratch(std::size_t pages, std::size_t page_size, std::size_t group, std::size_t row, std::size_t value_row)
       : range_pages(pages_of_range(page_size)),
         queries(group * row),
-        row_(row),
+        group_(group),
+        value_row_(value_row),
         states_(elements(pages, page_size, group, state_gap)),
-        accumulators_(elements(pages, page_size, group * row, accumulator_gap)) {}
+        accumulators_(elements(pages, page_size, group * value_row, accumulator_gap)) {}
 
   /// Bytes that construction allocates for a head of at most `pages` pages.
   static constexpr std::size_t bytes_required(std::size_t pages, std::size_t page_size, std::size_t group,
-                                              std::size_t row) {
-    return sizeof(float) * (group * row + elements(pages, page_size, group * row, accumulator_gap)) +
+                                              std::size_t row, std::size_t value_row) {
+    return sizeof(float) * (group * row + elements(pages, page_size, group * value_row, accumulator_gap)) +
            sizeof(SoftmaxState) * elements(pages, page_size, group, state_gap);
   }
 
@@ -55,16 +57,17 @@ class AttendScratch {
   /// Empties a range's states of `count` query heads and returns them.
   std::span<SoftmaxState> start(std::size_t range, std::size_t first_query, std::size_t count) {
     const std::span<SoftmaxState> result = states(range, first_query, count);
-    float* accumulator = accumulators_.data() + range * (queries.size() + accumulator_gap) + first_query * row_;
-    std::fill_n(accumulator, count * row_, 0.0F);
+    float* accumulator =
+        accumulators_.data() + range * (group_ * value_row_ + accumulator_gap) + first_query * value_row_;
+    std::fill_n(accumulator, count * value_row_, 0.0F);
     for (std::size_t q = 0; q < count; ++q) {
       result[q] = SoftmaxState{};
-      result[q].accumulator = accumulator + q * row_;
+      result[q].accumulator = accumulator + q * value_row_;
     }
     return result;
   }
   std::span<SoftmaxState> states(std::size_t range, std::size_t first_query, std::size_t count) {
-    return {states_.data() + range * (queries.size() / row_ + state_gap) + first_query, count};
+    return {states_.data() + range * (group_ + state_gap) + first_query, count};
   }
 
   std::size_t range_pages;           // pages of a range
@@ -85,9 +88,10 @@ class AttendScratch {
     return divide_up(pages, pages_of_range(page_size)) * (of_range + gap) - gap;
   }
 
-  std::size_t row_;
+  std::size_t group_;
+  std::size_t value_row_;
   std::vector<SoftmaxState> states_;  // [ranges, group]
-  std::vector<float> accumulators_;   // [ranges, group, padded head_dim]
+  std::vector<float> accumulators_;   // [ranges, group, padded value_dim]
 };
 
 }  // namespace kvsparse::detail

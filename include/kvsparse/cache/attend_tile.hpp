@@ -52,8 +52,9 @@ class AttendTiles {
   static constexpr std::size_t tile_floats = tile_queries * 128;
 
   std::size_t row() const { return round_up(cache_.geometry().head_dim, query_padding); }
+  std::size_t value_row() const { return round_up(cache_.geometry().dim_of_values(), query_padding); }
   std::size_t tokens_per_tile() const {
-    return std::min(tile_queries, tile_floats / row()) / cache_.geometry().group();
+    return std::min(tile_queries, tile_floats / std::max(row(), value_row())) / cache_.geometry().group();
   }
   QueryGroup group_of(std::size_t kv_head, std::size_t token) const {
     const std::size_t group = cache_.geometry().group();
@@ -77,8 +78,8 @@ class AttendTiles {
     alignas(64) float accumulators[tile_floats];
     SoftmaxState states[tile_queries];
     const std::size_t count = tokens * group;
-    std::fill_n(accumulators, count * row(), 0.0F);
-    for (std::size_t i = 0; i < count; ++i) states[i].accumulator = accumulators + i * row();
+    std::fill_n(accumulators, count * value_row(), 0.0F);
+    for (std::size_t i = 0; i < count; ++i) states[i].accumulator = accumulators + i * value_row();
     for (std::size_t t = 0; t < tokens; ++t) {
       pad_queries(group_of(kv_head, first + t), queries + t * group * row(), row());
     }
@@ -108,7 +109,7 @@ class AttendTiles {
       const std::size_t left = pages_left(first_page, select(kv_head, first + t));
       head.record(0, of_token, group, tap.from(left, t * group));
       for (std::size_t q = 0; q < group; ++q) {
-        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), cache_.geometry().head_dim);
+        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), cache_.geometry().dim_of_values());
       }
       cache_.observe(kv_head, group_of(kv_head, first + t));
     }

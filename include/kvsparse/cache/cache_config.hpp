@@ -13,6 +13,7 @@
 #include "../core/logit_options.hpp"
 #include "../core/rope.hpp"
 #include "../core/status.hpp"
+#include "../memory/page_rows.hpp"
 #include "../policy/policy.hpp"
 #include "logit_checks.hpp"
 
@@ -29,7 +30,11 @@ enum class PromptOverflow {
 struct CacheConfig {
   std::size_t query_heads = 1;
   std::size_t kv_heads = 1;
-  std::size_t head_dim = 0;
+  std::size_t head_dim = 0;   ///< of queries and keys
+  std::size_t value_dim = 0;  ///< of values and outputs; 0 means head_dim
+  /// MLA's latent: a token's value is the first value_dim elements of its key, and no other value is stored. Appends
+  /// take no values then. Keys and values are of one storage type.
+  bool values_in_keys = false;
   std::size_t page_size = 16;
   /// Evicting policies: cap on resident tokens, prompt included, in whole pages (rounded down).
   std::size_t budget_tokens = 0;
@@ -49,7 +54,7 @@ struct CacheConfig {
 
   LogitOptions logits = {};  ///< soft cap, sliding window, ALiBi, sink logits
 
-  Geometry geometry() const { return {query_heads, kv_heads, head_dim, page_size}; }
+  Geometry geometry() const { return {query_heads, kv_heads, head_dim, page_size, value_dim, values_in_keys}; }
 };
 
 /// Counters since construction or the last clear().
@@ -109,13 +114,14 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   }
   constexpr std::size_t largest = std::size_t{1} << 40;
   for (const std::size_t value :
-       {config.query_heads, config.head_dim, config.budget_tokens, config.read_budget_tokens, config.max_tokens,
-        config.max_prompt_tokens, config.min_decode_tokens, config.max_speculative}) {
+       {config.query_heads, config.head_dim, config.value_dim, config.budget_tokens, config.read_budget_tokens,
+        config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens, config.max_speculative}) {
     if (value > largest) refuse("a configured size of " + quoted(value) + " exceeds 2^40");
   }
   constexpr std::size_t most_channels = std::size_t{1} << 20;
   if (config.query_heads > most_channels) refuse("query_heads = " + quoted(config.query_heads) + " exceeds 2^20");
   if (config.head_dim > most_channels) refuse("head_dim = " + quoted(config.head_dim) + " exceeds 2^20");
+  if (config.value_dim > most_channels) refuse("value_dim = " + quoted(config.value_dim) + " exceeds 2^20");
   if (!std::isfinite(config.softmax_scale)) {
     refuse("softmax_scale = " + std::to_string(config.softmax_scale) + " must be finite");
   }
@@ -125,6 +131,10 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   }
   if (const std::string problem = position_problem(config.logits, config.rope, policy); !problem.empty()) {
     refuse(problem);
+  }
+  if (const std::string problem = values_problem(config.geometry()); !problem.empty()) refuse(problem);
+  if (config.values_in_keys && traits::in_cache_positions(policy)) {
+    refuse("policy " + name + " turns queries back in a head's first dimensions, which values_in_keys makes values");
   }
   if (const std::string problem = traits::options_problem(policy); !problem.empty()) {
     refuse("policy " + name + ": " + problem);

@@ -52,13 +52,15 @@ inline std::string fact_text(const std::vector<float>& values) {
 
 /// Every field of a configuration. A field added to CacheConfig does not compile before it is named here.
 inline void add_facts(CacheFacts& facts, const CacheConfig& config) {
-  const auto& [query_heads, kv_heads, head_dim, page_size, budget_tokens, read_budget_tokens, max_tokens,
-               prompt_overflow, max_prompt_tokens, min_decode_tokens, max_speculative, layer, softmax_scale, rope,
-               logits] = config;
+  const auto& [query_heads, kv_heads, head_dim, value_dim, values_in_keys, page_size, budget_tokens, read_budget_tokens,
+               max_tokens, prompt_overflow, max_prompt_tokens, min_decode_tokens, max_speculative, layer, softmax_scale,
+               rope, logits] = config;
   const auto& [soft_cap, window, alibi_slopes, sink_logits] = logits;
   facts.push_back({"query_heads", fact_text(query_heads)});
   facts.push_back({"kv_heads", fact_text(kv_heads)});
   facts.push_back({"head_dim", fact_text(head_dim)});
+  facts.push_back({"value_dim", fact_text(value_dim != 0 ? value_dim : head_dim)});
+  facts.push_back({"values_in_keys", fact_text(values_in_keys)});
   facts.push_back({"page_size", fact_text(page_size)});
   facts.push_back({"budget_tokens", fact_text(budget_tokens)});
   facts.push_back({"read_budget_tokens", fact_text(read_budget_tokens)});

@@ -23,8 +23,8 @@ namespace kvsparse::detail {
 
 /// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
 struct HeadSizes {
-  std::size_t pages, group, row, page_states, selected, masks, trimmed, mass, tap, token_mass, token_weights, scratch,
-      padded_queries, query_window;
+  std::size_t pages, group, row, value_row, page_states, selected, masks, trimmed, mass, tap, token_mass, token_weights,
+      scratch, padded_queries, query_window;
 
   template <class Policy>
   HeadSizes(const CachePlan& plan, const Policy& policy) {
@@ -35,6 +35,7 @@ struct HeadSizes {
     pages = plan.table_pages();
     group = geometry.group();
     row = round_up(geometry.head_dim, query_padding);
+    value_row = round_up(geometry.dim_of_values(), query_padding);
     page_states = std::is_empty_v<PageState<Policy>> ? 0 : pages;
     selected = Selector<Policy> ? pages : 0;
     masks = tokens ? pages * divide_up(geometry.page_size, 64) : 0;
@@ -45,9 +46,10 @@ struct HeadSizes {
     token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
     const bool scores_tokens = tokens || Trimmer<Policy>;
-    scratch = decides ? pages * (group + 3) + 2 * geometry.head_dim + group +
-                            (scores_tokens ? 2 * pages * geometry.page_size : 0)
-                      : 0;
+    const std::size_t longer_row = std::max(geometry.head_dim, geometry.dim_of_values());
+    scratch = decides
+                  ? pages * (group + 3) + 2 * longer_row + group + (scores_tokens ? 2 * pages * geometry.page_size : 0)
+                  : 0;
     padded_queries = bounds ? 2 * group * row : 0;
     query_window = traits::query_window(policy) * group * geometry.head_dim;
   }

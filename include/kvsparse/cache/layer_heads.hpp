@@ -171,7 +171,7 @@ class LayerHeads {
     const std::vector<float>& sinks = config_.logits.sink_logits;
     if (sinks.empty()) return;
     const std::size_t head = kv_head * geometry().group() + first_query;
-    for (std::size_t q = 0; q < states.size(); ++q) add_sink(states[q], sinks[head + q], geometry().head_dim);
+    for (std::size_t q = 0; q < states.size(); ++q) add_sink(states[q], sinks[head + q], geometry().dim_of_values());
   }
 
   /// Lets the policy add what its summaries of evicted tokens stand for.

@@ -12,12 +12,11 @@ namespace kvsparse::detail {
 template <StorageScalar Key, StorageScalar Value>
 PagesImage pages_image(PagePool<Key, Value>& pool) {
   using Pool = PagePool<Key, Value>;
-  const std::size_t head_dim = pool.head_dim();
   PagesImage image;
   image.store = &pool;
   image.pool = &pool.memory();
-  image.key_row_bytes = stored_row_size<Key>(head_dim) * sizeof(Key);
-  image.value_row_bytes = stored_row_size<Value>(head_dim) * sizeof(Value);
+  image.key_row_bytes = PageRows<Key, Value>::key_row_bytes(pool.geometry());
+  image.value_row_bytes = PageRows<Key, Value>::value_row_bytes(pool.geometry());
   image.keys = [](void* pages, PageId page) {
     return reinterpret_cast<std::byte*>(static_cast<Pool*>(pages)->memory().rows.key_row(page, Slot{0}));
   };

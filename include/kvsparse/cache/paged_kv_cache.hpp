@@ -41,7 +41,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
   explicit PagedKvCache(const CacheConfig& config, Policy policy = {})
       : PagedKvCache(config, policy, detail::plan_cache(config, policy)) {}
   /// The same over pages of a pool that other caches may use too; allocates bytes_required_beside_pool(config, policy).
-  /// Throws ConfigError, also if the pool's head_dim, page_size or summaries are not what the cache needs.
+  /// Throws ConfigError, also if the pool's geometry or summaries are not what the cache needs.
   PagedKvCache(const CacheConfig& config, const Pool& pool, Policy policy = {})
       : PagedKvCache(config, policy, detail::plan_cache(config, policy), pool) {}
 
@@ -89,7 +89,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
   static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     const detail::HeadSizes n(plan, policy);
-    const std::size_t scratch = detail::AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row);
+    const std::size_t scratch =
+        detail::AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row, n.value_row);
     return Pages::bytes_required(config, policy) + plan.geometry.kv_heads * (sizeof(detail::AttendScratch) + scratch);
   }
 
@@ -109,14 +110,13 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   // --- growing ---
 
-  /// Appends one token; k, v: [kv_heads, head_dim], keys rotated at next_position(). The first call ends the prompt.
-  /// When it opens a page beyond the budget, each head first gives up the page its policy names. O(kv_heads *
-  /// head_dim), plus the policy's victim search once a page. Refuses wrong shapes, for policies that keep everything
-  /// max_tokens, and what can_append(1) denies.
+  /// Appends one token; k: [kv_heads, head_dim], rotated at next_position(); v: [kv_heads, value_dim], or no row, {},
+  /// where values lie in the keys. The first call ends the prompt. When it opens a page beyond the budget, each head
+  /// first gives up the page its policy names. O(kv_heads * (head_dim + value_dim)), plus the policy's victim search
+  /// once a page. Refuses wrong shapes, for policies that keep everything max_tokens, and what can_append(1) denies.
   template <StorableAs<Key, Value> Row>
   Status append(HeadRows<const Row> k, HeadRows<const Row> v) noexcept {
-    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
-    if (const Status status = check_rows(v, geometry().kv_heads, geometry()); !status) return status;
+    if (const Status status = check_keys_and_values(k, v, geometry()); !status) return status;
     if (const Status status = Pages::check_append(); !status) return status;
     if (const Status status = check_pool(1); !status) return status;
     settle();
@@ -124,10 +124,11 @@ class PagedKvCache : private LayerDrafts<Policy> {
     store_token(k, v);
     return {};
   }
-  /// The same for a chunk of tokens, all or nothing; k, v: [tokens, kv_heads, head_dim].
+  /// The same for a chunk of tokens, all or nothing; k: [tokens, kv_heads, head_dim], v: [tokens, kv_heads, value_dim]
+  /// or {}.
   template <StorableAs<Key, Value> Row>
   Status append(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
-    if (const Status status = check_chunk(k, v); !status) return status;
+    if (const Status status = check_keys_and_values(k, v, geometry()); !status) return status;
     if (const Status status = Pages::check_append(k.tokens); !status) return status;
     if (const Status status = check_pool(k.tokens); !status) return status;
     if (k.tokens == 0) return {};
@@ -136,18 +137,20 @@ class PagedKvCache : private LayerDrafts<Policy> {
     for (std::size_t token = 0; token < k.tokens; ++token) store_token(k.token(token), v.token(token));
     return {};
   }
-  /// The same from contiguous [kv_heads * head_dim] floats.
+  /// The same from contiguous floats.
   Status append(std::span<const float> k, std::span<const float> v) noexcept {
-    if (const Status status = check_size(k.size(), geometry().kv_heads, geometry()); !status) return status;
-    if (const Status status = check_size(v.size(), geometry().kv_heads, geometry()); !status) return status;
-    return append(key_rows(k), key_rows(v));
+    const std::size_t value_dim = geometry().dim_of_values();
+    if (const Status status = check_size(k.size(), geometry().kv_heads, geometry().head_dim); !status) return status;
+    if (const Status status = check_size(v.size(), value_heads(), value_dim); !status) return status;
+    return append(HeadRows<const float>(k.data(), geometry().kv_heads, geometry().head_dim),
+                  HeadRows<const float>(v.data(), value_heads(), value_dim));
   }
 
-  /// Appends a chunk of the prompt; k, v: [tokens, kv_heads, head_dim]. Any number of chunks. Takes all or nothing.
+  /// Appends a chunk of the prompt; k, v as append takes a chunk. Any number of chunks. Takes all or nothing.
   template <StorableAs<Key, Value> Row>
   Status append_prompt(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
     if (const Status status = Pages::check_prompt(k.tokens); !status) return status;
-    if (const Status status = check_chunk(k, v); !status) return status;
+    if (const Status status = check_keys_and_values(k, v, geometry()); !status) return status;
     if (const Status status = check_pool(k.tokens); !status) return status;
     if (k.tokens == 0) return {};
     Pages::begin_prompt(k.tokens);
@@ -155,23 +158,23 @@ class PagedKvCache : private LayerDrafts<Policy> {
     for (std::size_t token = 0; token < k.tokens; ++token) store_token(k.token(token), v.token(token));
     return {};
   }
-  /// The same from contiguous [tokens * kv_heads * head_dim] floats.
+  /// The same from contiguous floats.
   Status append_prompt(std::span<const float> k, std::span<const float> v) noexcept {
     const std::size_t row = geometry().kv_heads * geometry().head_dim;
     if (k.size() % row != 0) return {Status::Code::wrong_size, k.size(), row};
-    if (v.size() != k.size()) return {Status::Code::wrong_size, v.size(), k.size()};
-    const auto rows = [&](std::span<const float> flat) {
-      return TokenRows<const float>(flat.data(), flat.size() / row, geometry().kv_heads, geometry().head_dim);
-    };
-    return append_prompt(rows(k), rows(v));
+    const std::size_t tokens = k.size() / row;
+    const std::size_t value_dim = geometry().dim_of_values();
+    if (const Status status = check_size(v.size(), tokens * value_heads(), value_dim); !status) return status;
+    return append_prompt(TokenRows<const float>(k.data(), tokens, geometry().kv_heads, geometry().head_dim),
+                         TokenRows<const float>(v.data(), tokens, value_heads(), value_dim));
   }
 
-  /// Appends tokens that may be rejected; k, v: [tokens, kv_heads, head_dim]. Nothing is evicted on their behalf. They
-  /// are attended to by attend_prompt and attend like any token. truncate() takes back what was rejected and accepts
-  /// the others; the next append accepts all. Ends the prompt. Refuses more than max_speculative outstanding drafts.
+  /// Appends tokens that may be rejected; k, v as append takes a chunk. Nothing is evicted on their behalf. They are
+  /// attended to by attend_prompt and attend like any token. truncate() takes back what was rejected and accepts the
+  /// others; the next append accepts all. Ends the prompt. Refuses more than max_speculative outstanding drafts.
   template <StorableAs<Key, Value> Row>
   Status append_draft(TokenRows<const Row> k, TokenRows<const Row> v) noexcept {
-    if (const Status status = check_chunk(k, v); !status) return status;
+    if (const Status status = check_keys_and_values(k, v, geometry()); !status) return status;
     if (const Status status = Pages::check_drafts(k.tokens); !status) return status;
     if (const Status status = check_pool_for_drafts(k.tokens); !status) return status;
     if (k.tokens == 0) return {};
@@ -301,7 +304,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     const detail::HeadSizes n(plan, policy);
     scratch_.reserve(plan.geometry.kv_heads);
     for (std::size_t h = 0; h < plan.geometry.kv_heads; ++h) {
-      scratch_.push_back(detail::AttendScratch(n.pages, plan.geometry.page_size, n.group, n.row));
+      scratch_.push_back(detail::AttendScratch(n.pages, plan.geometry.page_size, n.group, n.row, n.value_row));
     }
   }
   PagedKvCache(const PagedKvCache& other, const Pool& pool)
@@ -384,15 +387,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
     Pages::visit_newest_first([&](PageId page) { pool_.release(page); });
   }
 
-  template <class Row>
-  Status check_chunk(TokenRows<const Row> k, TokenRows<const Row> v) const {
-    if (k.tokens != v.tokens) return {Status::Code::wrong_tokens, v.tokens, k.tokens};
-    if (const Status status = check_rows(k, geometry().kv_heads, geometry()); !status) return status;
-    return check_rows(v, geometry().kv_heads, geometry());
-  }
-  HeadRows<const float> key_rows(std::span<const float> flat) const {
-    return {flat.data(), geometry().kv_heads, geometry().head_dim};
-  }
+  /// Heads whose values are brought and stored.
+  std::size_t value_heads() const { return geometry().values_in_keys ? 0 : geometry().kv_heads; }
 
   template <class Row>
   void store_token(HeadRows<const Row> k, HeadRows<const Row> v) {
@@ -408,7 +404,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
       const PageId page = Pages::open_page(h);
       store_row(k.row(h), geometry().head_dim, memory.rows.key_row(page, slot));
-      store_row(v.row(h), geometry().head_dim, memory.rows.value_row(page, slot));
+      if (value_heads() > 0) store_row(v.row(h), geometry().dim_of_values(), memory.rows.value_row(page, slot));
       memory.summaries.add_key(page, memory.rows.key_row(page, slot), slot.value == 0);
     }
   }

@@ -18,10 +18,10 @@ RowAccess row_access() {
   using Memory = PageMemory<Key, Value>;
   RowAccess access;
   access.load_key = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
-    load_row(static_cast<const Memory*>(memory)->rows.key_row(page, slot), row);
+    static_cast<const Memory*>(memory)->rows.load_key(page, slot, row);
   };
   access.load_value = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
-    load_row(static_cast<const Memory*>(memory)->rows.value_row(page, slot), row);
+    static_cast<const Memory*>(memory)->rows.load_value(page, slot, row);
   };
   access.load_bounds = [](const void* memory, PageId page, std::span<float> lowest, std::span<float> highest) {
     load_row(static_cast<const Memory*>(memory)->summaries.min(page), lowest);
@@ -49,8 +49,15 @@ void check_pool_fits(const Geometry& geometry, const std::string& policy, PageSu
     KVSPARSE_THROW(ConfigError("the pool's " + std::string(name) + " is " + std::to_string(of_pool) +
                                "; this cache needs " + std::to_string(of_cache)));
   };
-  refuse_size("head_dim", pool.head_dim(), geometry.head_dim);
-  refuse_size("page_size", pool.page_size(), geometry.page_size);
+  const Geometry& of_pool = pool.geometry();
+  refuse_size("head_dim", of_pool.head_dim, geometry.head_dim);
+  refuse_size("value_dim", of_pool.dim_of_values(), geometry.dim_of_values());
+  refuse_size("page_size", of_pool.page_size, geometry.page_size);
+  if (of_pool.values_in_keys != geometry.values_in_keys) {
+    KVSPARSE_THROW(ConfigError(of_pool.values_in_keys
+                                   ? "the pool has values_in_keys; this cache stores values beside the keys"
+                                   : "this cache has values_in_keys; the pool stores values beside the keys"));
+  }
   constexpr const char* names[] = {"no", "min_max", "mean"};
   if (needed != PageSummary::none && pool.summary() != needed) {
     KVSPARSE_THROW(ConfigError("the pool keeps " + std::string(names[static_cast<int>(pool.summary())]) +

@@ -19,9 +19,12 @@ inline constexpr std::size_t row_padding = 8;
 struct Geometry {
   std::size_t query_heads = 1;
   std::size_t kv_heads = 1;
-  std::size_t head_dim = 0;
+  std::size_t head_dim = 0;  ///< of queries and keys
   std::size_t page_size = 16;
+  std::size_t value_dim = 0;    ///< of values and outputs; 0: head_dim
+  bool values_in_keys = false;  ///< MLA's latent: a token's value is the first value_dim elements of its key
 
+  constexpr std::size_t dim_of_values() const { return value_dim != 0 ? value_dim : head_dim; }
   constexpr std::size_t group() const { return query_heads / kv_heads; }
   constexpr std::size_t row_stride() const { return round_up(head_dim, row_padding); }
 

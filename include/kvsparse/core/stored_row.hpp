@@ -85,14 +85,19 @@ void store_row(const Element* row, std::size_t head_dim, Scalar* stored) {
   }
 }
 
-/// Widens a stored row into row[head_dim].
+/// Widens the first row.size() elements of a stored row of head_dim.
 template <StorageScalar Scalar>
-void load_row(const Scalar* stored, std::span<float> row) {
-  const float scale = row_scale(stored, row.size());
+void load_row(const Scalar* stored, std::size_t head_dim, std::span<float> row) {
+  const float scale = row_scale(stored, head_dim);
   for (std::size_t i = 0; i < row.size(); ++i) {
     row[i] = simd::widened(stored[i]);
     if constexpr (has_scale<Scalar>) row[i] *= scale;
   }
+}
+/// Widens a stored row into row[head_dim].
+template <StorageScalar Scalar>
+void load_row(const Scalar* stored, std::span<float> row) {
+  load_row(stored, row.size(), row);
 }
 
 }  // namespace kvsparse

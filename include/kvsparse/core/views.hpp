@@ -10,7 +10,7 @@
 
 namespace kvsparse {
 
-/// [heads, head_dim]: one token's keys, values, queries or outputs.
+/// [heads, head_dim]: one token's keys, values, queries or outputs. Of values and outputs, head_dim is their value_dim.
 template <class T>
 struct HeadRows {
   T* data = nullptr;

@@ -261,7 +261,7 @@ Status add_selection(Layer& layer, HeadRows<const float> q, const PageListOption
                      AfterRow&& after_row) {
   const Geometry& geometry = layer.geometry();
   if (layer.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = check_rows(q, geometry.query_heads, geometry); !status) return status;
+  if (const Status status = check_rows(q, geometry.query_heads, geometry.head_dim); !status) return status;
   const std::size_t before = lists.rows();
   const std::size_t rows = selection_rows(layer);
   const std::size_t queries = geometry.query_heads / rows;

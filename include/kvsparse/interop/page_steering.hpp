@@ -218,7 +218,7 @@ class PageSteering : private LayerPages<Policy> {
   Status observe(HeadRows<const float> q, std::span<const float> page_mass,
                  std::span<const float> log_sum_exp) noexcept {
     const std::size_t queries = geometry().query_heads / listed_pages_.size();
-    if (const Status status = check_rows(q, geometry().query_heads, geometry()); !status) return status;
+    if (const Status status = check_rows(q, geometry().query_heads, geometry().head_dim); !status) return status;
     if (selected_at_ != next_position() || selected_at_ == Position{0}) {
       return {Status::Code::query_is_over, index(selected_at_), index(next_position())};
     }

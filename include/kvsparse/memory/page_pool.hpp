@@ -42,8 +42,9 @@ class PagePool {
  public:
   using Memory = PageMemory<Key, Value>;
 
-  /// Of `pages` pages, in whole multiples of the kv heads. The geometry's head_dim and page_size are those of every
-  /// cache; its kv_heads only arranges the pages. Memory is touched when a page is first used. Throws ConfigError.
+  /// Of `pages` pages, in whole multiples of the kv heads. The geometry's head_dim, value_dim, values_in_keys and
+  /// page_size are those of every cache; its kv_heads only arranges the pages. Memory is touched when a page is first
+  /// used. Throws ConfigError.
   PagePool(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : shared_(new Shared(geometry, kind, checked(geometry, pages))) {}
 
@@ -72,8 +73,9 @@ class PagePool {
     if (shared_ != nullptr && shared_->handles.fetch_sub(1, std::memory_order_acq_rel) == 1) delete shared_;
   }
 
-  /// Bytes that construction allocates.
+  /// Bytes that construction allocates. Throws ConfigError for a geometry that the constructor refuses.
   static std::size_t bytes_required(const Geometry& geometry, PageSummary kind, std::size_t pages) {
+    check(geometry);
     return sizeof(Shared) + pages * (bytes_per_page(geometry, kind) + PageLedger::bytes_per_page);
   }
   /// Keys, values and summary of one page.
@@ -83,8 +85,7 @@ class PagePool {
   }
   std::size_t bytes_per_page() const { return shared_->bytes_per_page; }
 
-  std::size_t head_dim() const { return memory().rows.head_dim(); }
-  std::size_t page_size() const { return memory().rows.page_size(); }
+  const Geometry& geometry() const { return memory().rows.geometry(); }
   PageSummary summary() const { return memory().summaries.kind(); }
   std::size_t page_count() const { return shared_->ledger.page_count(); }
   std::size_t free_pages() const { return shared_->ledger.free_pages(); }
@@ -122,6 +123,9 @@ class PagePool {
   static void check(const Geometry& geometry) {
     if (geometry.head_dim == 0 || geometry.page_size == 0 || geometry.kv_heads == 0) {
       KVSPARSE_THROW(ConfigError("a pool's head_dim, page_size and kv_heads must be at least 1"));
+    }
+    if (const std::string problem = values_problem<Key, Value>(geometry); !problem.empty()) {
+      KVSPARSE_THROW(ConfigError(problem));
     }
   }
   static std::size_t checked(const Geometry& geometry, std::size_t pages) {

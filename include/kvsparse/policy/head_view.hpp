@@ -249,6 +249,7 @@ class HeadPages {
   const Geometry& geometry() const { return storage_.context->geometry; }
   std::size_t page_size() const { return geometry().page_size; }
   std::size_t head_dim() const { return geometry().head_dim; }
+  std::size_t value_dim() const { return geometry().dim_of_values(); }
   std::size_t kv_head() const { return storage_.kv_head; }
   std::size_t layer() const { return storage_.context->layer; }
   std::size_t page_budget() const { return storage_.context->page_budget; }
@@ -266,6 +267,7 @@ class HeadPages {
     KVSPARSE_ASSERT(rows().load_key != nullptr);
     rows().load_key(storage_.rows, table()[page].page, slot, row);
   }
+  /// row: [value_dim]. O(value_dim).
   void load_value(PageIndex page, Slot slot, std::span<float> row) const {
     KVSPARSE_ASSERT(rows().load_value != nullptr);
     rows().load_value(storage_.rows, table()[page].page, slot, row);
@@ -309,8 +311,8 @@ class HeadPages {
   }
 
   /// Working memory of a verb, overwritten by the next verb, except that select_more finds what select left: for each
-  /// resident page group() + 3 floats, two rows of head_dim, group() floats, and, when the policy's granularity is
-  /// token or it has the verb trim, two floats for each token.
+  /// resident page group() + 3 floats, two rows of head_dim or value_dim, whichever is more, group() floats, and, when
+  /// the policy's granularity is token or it has the verb trim, two floats for each token.
   std::span<float> scratch() const { return storage_.scratch; }
 
  private:

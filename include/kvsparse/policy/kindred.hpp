@@ -116,13 +116,13 @@ struct Kindred {
 
  private:
   using Looks = std::array<double, max_channels>;
-  static std::size_t channels(const HeadPages& head) { return std::min(head.head_dim(), max_channels); }
+  static std::size_t channels(const HeadPages& head) { return std::min(head.value_dim(), max_channels); }
 
   /// The page's summed value at length 1; all zeros if the sum is zero or not finite.
   static Looks looks_of(const HeadPages& head, PageIndex page) {
     Looks looks{};
     const std::span<double> sum = std::span(looks).first(channels(head));
-    const std::span<float> row = head.scratch().first(head.head_dim());
+    const std::span<float> row = head.scratch().first(head.value_dim());
     for (std::uint32_t slot = 0; slot < head.tokens(page); ++slot) {
       head.load_value(page, Slot{slot}, row);
       for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += static_cast<double>(row[i]);

@@ -45,8 +45,8 @@ struct BasicStreamingSketch {
 
   bool pin_prompt() const { return options.pin_prompt; }
   std::string problem(const Geometry& geometry) const {
-    if (geometry.head_dim <= MostChannels) return {};
-    return "head_dim = " + std::to_string(geometry.head_dim) + " exceeds the " + std::to_string(MostChannels) +
+    if (geometry.dim_of_values() <= MostChannels) return {};
+    return "value_dim = " + std::to_string(geometry.dim_of_values()) + " exceeds the " + std::to_string(MostChannels) +
            " channels of its sketch";
   }
 
@@ -57,7 +57,7 @@ struct BasicStreamingSketch {
   void on_evict(HeadView<BasicStreamingSketch> head, PageIndex page) const {
     HeadState& sketch = head.head_state();
     const std::span<float> key = head.scratch().first(head.head_dim());
-    const std::span<float> value = head.scratch().subspan(head.head_dim(), head.head_dim());
+    const std::span<float> value = head.scratch().subspan(head.head_dim(), head.value_dim());
     for (std::uint32_t slot = 0; slot < head.tokens(page); ++slot) {
       head.load_key(page, Slot{slot}, key);
       head.load_value(page, Slot{slot}, value);
@@ -82,13 +82,13 @@ struct BasicStreamingSketch {
       SoftmaxState gone;
       gone.accumulator = head.scratch().data();
       gone.max = largest + sketch.log_unit - std::log(static_cast<float>(Features));
-      std::fill_n(gone.accumulator, head.head_dim(), 0.0F);
+      std::fill_n(gone.accumulator, head.value_dim(), 0.0F);
       for (std::size_t f = 0; f < Features; ++f) {
         const float weight = std::exp(exponents[f] - largest);
         gone.sum += weight * sketch.denominator[f];
-        for (std::size_t i = 0; i < head.head_dim(); ++i) gone.accumulator[i] += weight * sketch.numerator[f][i];
+        for (std::size_t i = 0; i < head.value_dim(); ++i) gone.accumulator[i] += weight * sketch.numerator[f][i];
       }
-      merge(states[q], gone, head.head_dim());
+      merge(states[q], gone, head.value_dim());
     }
   }
 

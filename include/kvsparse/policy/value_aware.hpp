@@ -31,7 +31,7 @@ struct ValueAware {
   std::size_t pinned_pages(const Geometry&) const { return 1; }
 
   void on_append(HeadView<ValueAware> head, PageIndex page, Slot slot) const {
-    const std::span<float> value = head.scratch().first(head.head_dim());
+    const std::span<float> value = head.scratch().first(head.value_dim());
     head.load_value(page, slot, value);
     for (const float x : value) head.state(page).norms += static_cast<double>(std::abs(x));
   }
