@@ -9,6 +9,7 @@
     plot.py waterfall --run DIR --problems problems.jsonl [--output DIR]       DIR holds decode's --json comparison.json
                                                                                and its --resident resident/
     plot.py curve     --csv decode_curve.csv [--output DIR]
+    plot.py sweep     --csv sweep.csv [--output DIR]                           from replay --sweep
     plot.py speed     [--roofline F] [--micro F] [--curve F] [--compile F]     their JSON files, as Markdown tables
 Needs numpy and matplotlib. Error bars and +/- are one standard error. A picture without rows in the CSV is skipped.
 """
@@ -20,6 +21,7 @@ import matplotlib.pyplot as plt
 
 import plot_attention
 import plot_speed
+import plot_sweep
 from plot_accuracy import PICTURES, draw_pictures
 from plot_rows import NUMBER_COLUMNS, TEXT_COLUMNS, read_rows
 from plot_style import InputError
@@ -52,7 +54,7 @@ def names_of_pictures(text):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="pictures|table|beside|attention|waterfall|curve|speed")
+                                     metavar="pictures|table|beside|attention|waterfall|curve|sweep|speed")
 
     def command(name, meaning, output=True):
         added = commands.add_parser(name, help=meaning, description=meaning)
@@ -103,6 +105,8 @@ def parse_options():
     fall.add_argument("--head", type=int, default=0, help="kv head [0]")
     curve = command("curve", "draw step_time.png and resident_bytes.png: both against the tokens decoded")
     curve.add_argument("--csv", type=pathlib.Path, required=True, help="from decode_curve")
+    sweep = command("sweep", "draw sweep.png: mass kept and error against budget, between the ceilings and the floor")
+    sweep.add_argument("--csv", type=pathlib.Path, required=True, help="from replay --sweep")
     speed = command("speed", "print Markdown tables of the timing benches, each with the command it came from", False)
     for name, tool in plot_speed.SOURCES.items():
         speed.add_argument(f"--{name}", type=pathlib.Path, metavar="JSON", help=f"from {tool}")
@@ -127,7 +131,7 @@ def main():
                          options.budgets, options.page_size, options.policies)
         else:
             {"attention": plot_attention.attention, "waterfall": plot_attention.waterfall,
-             "curve": plot_speed.curve, "speed": plot_speed.speed}[options.command](options)
+             "curve": plot_speed.curve, "sweep": plot_sweep.sweep, "speed": plot_speed.speed}[options.command](options)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the table has enough
     except InputError as error:

@@ -20,6 +20,7 @@
 #include "common/program.hpp"
 #include "common/progress.hpp"
 #include "common/trace.hpp"
+#include "replay/clairvoyant.hpp"
 #include "replay/dense_reference.hpp"
 #include "replay/dump.hpp"
 #include "replay/options.hpp"
@@ -66,12 +67,13 @@ void refuse_overflow(const Trace& trace, kvsparse::ScalarType dtype) {
   }
 }
 
-/// A line of the table, and the run it reports.
+/// A line of the table, and the run it reports, unless the policy refused the budget.
 struct Row {
   std::string policy;
   std::size_t budget = 0;
   std::optional<std::size_t> read_budget;
   const PolicyRun* run = nullptr;
+  std::string refused;
 };
 
 /// All policies at all budgets, stepping through the trace together, so that dense attention is computed only once.
@@ -82,18 +84,14 @@ class Replay {
     if (!options.dump_file.empty()) dump_.emplace(options.dump_file, trace_, options.force);
     refuse_overflow(trace_, options.dtype);
     const std::size_t layer = layer_of(options.trace_file);
+    const std::vector<std::size_t> budgets =
+        options.budgets.empty() ? swept_budgets(options.page_size, trace_.tokens) : options.budgets;
     for (std::size_t policy = 0; policy < options.policies.size(); ++policy) {
-      const kvsparse::PolicyFacts facts = kvsparse::policy_facts(options.policies[policy]);
-      for (const std::size_t budget : options.budgets) {
-        Row row{options.policies[policy], budget, std::nullopt, nullptr};
-        const bool ignores_budget = !facts.evicts && !facts.selects;
-        const bool reuses = ignores_budget && !rows_.empty() && rows_.back().policy == row.policy;
-        if (!reuses) runs_.emplace_back(options, policy, budget, trace_, layer);
-        row.run = &runs_.back();
-        const std::size_t read_budget = options.settings[policy].read_budget_tokens;
-        if (facts.selects) row.read_budget = read_budget != 0 ? read_budget : budget;
-        rows_.push_back(row);
-      }
+      for (const std::size_t budget : budgets) add_row(policy, budget, layer);
+    }
+    if (runs_.empty()) {
+      throw UsageError("no policy takes any of the budgets; " + rows_.front().policy + " at budget " +
+                       std::to_string(rows_.front().budget) + ": " + rows_.front().refused);
     }
   }
   Replay(const Replay&) = delete;
@@ -102,6 +100,7 @@ class Replay {
   /// False if it was interrupted.
   bool run() {
     write_files(false);  // an unwritable path is found at once, and a kill leaves valid files
+    if (foresight_) foresight_->look_ahead(dense_);
     std::size_t token = 0;
     {
       // A token's work grows with its position; prompt queries are not compared with dense attention.
@@ -131,6 +130,31 @@ class Replay {
  private:
   static constexpr const char* standard_output = "/dev/stdout";
 
+  void add_row(std::size_t policy, std::size_t budget, std::size_t layer) {
+    const kvsparse::PolicyFacts facts = replayed_policy_facts(options_.policies[policy]);
+    Row row{options_.policies[policy], budget, std::nullopt, nullptr, ""};
+    const bool ignores_budget = !facts.evicts && !facts.selects;
+    const bool reuses =
+        ignores_budget && !rows_.empty() && rows_.back().policy == row.policy && rows_.back().run != nullptr;
+    const std::size_t read_budget = options_.settings[policy].read_budget_tokens;
+    if (facts.selects) row.read_budget = read_budget != 0 ? read_budget : budget;
+    try {
+      if (!reuses) runs_.emplace_back(options_, policy, budget, trace_, layer, plan_of(row));
+      row.run = &runs_.back();
+    } catch (const UsageError& error) {
+      if (!options_.sweep) throw UsageError(row.policy + " at budget " + std::to_string(budget) + ": " + error.what());
+      row.refused = error.what();
+    }
+    rows_.push_back(std::move(row));
+  }
+
+  /// Null for all but the clairvoyant.
+  const EvictionPlan* plan_of(const Row& row) {
+    if (row.policy != Clairvoyant::name || row.budget < options_.page_size) return nullptr;
+    if (!foresight_) foresight_.emplace(trace_, options_.page_size);
+    return &foresight_->plan_of(row.budget / options_.page_size);
+  }
+
   void step(std::size_t token) {
     for (PolicyRun& run : runs_) run.step(token);
     if (token < trace_.prompt_tokens) return;
@@ -142,7 +166,12 @@ class Replay {
   std::vector<ReplayResult> results() const {
     std::vector<ReplayResult> results;
     for (const Row& row : rows_) {
-      results.push_back({row.policy, row.budget, row.read_budget, row.run->metrics(), row.run->cache().stats()});
+      ReplayResult result{row.policy, row.budget, row.read_budget, row.refused, {}, {}};
+      if (row.run != nullptr) {
+        result.metrics = row.run->metrics();
+        result.cache = row.run->cache().stats();
+      }
+      results.push_back(std::move(result));
     }
     return results;
   }
@@ -167,6 +196,7 @@ class Replay {
   Trace trace_;
   DenseReference dense_;
   ReplayReport report_;
+  std::optional<Foresight> foresight_;
   std::optional<Dump> dump_;
   std::deque<PolicyRun> runs_;
   std::vector<Row> rows_;

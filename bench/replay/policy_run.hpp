@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "clairvoyant.hpp"
 #include "common/trace.hpp"
 #include "dense_reference.hpp"
 #include "engine/named_cache.hpp"
@@ -31,10 +32,11 @@ struct ReplayMetrics {
 
 class PolicyRun {
  public:
-  /// Throws UsageError if the policy cannot run at this budget, its prompt included.
-  PolicyRun(const ReplayOptions& options, std::size_t policy, std::size_t budget, const Trace& trace, std::size_t layer)
+  /// Throws UsageError if the policy cannot run at this budget, its prompt included. plan: of a clairvoyant.
+  PolicyRun(const ReplayOptions& options, std::size_t policy, std::size_t budget, const Trace& trace, std::size_t layer,
+            const EvictionPlan* plan)
       : trace_(trace),
-        cache_(checked_cache(options, policy, budget, trace, layer)),
+        cache_(checked_cache(options, policy, budget, trace, layer, plan)),
         out_(trace.query_heads * trace.head_dim) {}
 
   const kvsparse::AnyCache& cache() const { return cache_; }
@@ -98,34 +100,36 @@ class PolicyRun {
   }
 
   static kvsparse::AnyCache checked_cache(const ReplayOptions& options, std::size_t policy, std::size_t budget,
-                                          const Trace& trace, std::size_t layer) {
+                                          const Trace& trace, std::size_t layer, const EvictionPlan* plan) {
     const std::string& name = options.policies[policy];
-    const std::string who = name + " at budget " + std::to_string(budget) + ": ";
+    const std::vector<kvsparse::OptionSetting>& settings = options.settings[policy].options;
     try {
       const kvsparse::CacheConfig config = config_of(options, policy, budget, trace, layer);
-      kvsparse::AnyCache cache = named_cache(name, options.dtype, config, options.settings[policy].options);
-      if (trace.prompt_tokens > 0 && kvsparse::policy_facts(name).evicts) rehearse_prompt(cache, trace, who);
+      kvsparse::AnyCache cache = name == Clairvoyant::name
+                                     ? kvsparse::AnyCache::of(Clairvoyant{plan}, options.dtype, config, settings)
+                                     : named_cache(name, options.dtype, config, settings);
+      if (trace.prompt_tokens > 0 && replayed_policy_facts(name).evicts) rehearse_prompt(cache, trace);
       return cache;
     } catch (const kvsparse::ConfigError& error) {
-      throw UsageError(who + error.what());
+      throw UsageError(error.what());
     } catch (const std::bad_alloc&) {
-      throw UsageError(who + "not enough memory for a cache of that size");
+      throw UsageError("not enough memory for a cache of that size");
     }
   }
 
   /// A prompt that is too long to pin would be refused in the middle of the replay, or never if the trace is shorter
   /// than the budget. Given as one chunk to a copy of the cache, it is refused at once.
-  static void rehearse_prompt(kvsparse::AnyCache copy, const Trace& trace, const std::string& who) {
+  static void rehearse_prompt(kvsparse::AnyCache copy, const Trace& trace) {
     const std::size_t elements = trace.prompt_tokens * trace.kv_heads * trace.head_dim;
     const kvsparse::Status status =
         copy.append_prompt(std::span(trace.k).first(elements), std::span(trace.v).first(elements));
     if (status.code() == kvsparse::Status::Code::prompt_exceeds_budget) {
-      throw UsageError(who + "the prompt would pin " + std::to_string(status.value()) + " pages of " +
+      throw UsageError("the prompt would pin " + std::to_string(status.value()) + " pages of " +
                        std::to_string(copy.config().page_size) + " tokens, but the budget of " +
                        std::to_string(status.limit()) +
                        " pages must leave one for decoding; raise --budget or --set pin_prompt=false");
     }
-    if (!status) throw UsageError(who + status.message());
+    if (!status) throw UsageError(status.message());
   }
 
   static double relative_error(std::span<const float> out, std::span<const double> dense) {

@@ -27,6 +27,7 @@ struct ReplayResult {
   std::string policy;
   std::size_t budget_tokens = 0;
   std::optional<std::size_t> read_budget_tokens;  // of policies that select
+  std::string refused;                            // why there are no figures; empty where there are
   ReplayMetrics metrics;
   kvsparse::CacheStats cache;
 };
@@ -81,19 +82,21 @@ class ReplayReport {
     return std::string(kvsparse::scalar_type_names[static_cast<std::size_t>(options_.dtype)]);
   }
 
-  /// The columns of both files. NaN and infinity become null.
+  /// The columns of both files. NaN and infinity become null, as does every figure of what was refused.
   static Json fields(const ReplayResult& result) {
     const auto number = [](double value) { return std::isfinite(value) ? Json(value) : Json(); };
     Json json{{"policy", result.policy}, {"budget_tokens", result.budget_tokens}};
     json["read_budget_tokens"] = result.read_budget_tokens ? Json(*result.read_budget_tokens) : Json();
-    json["decode_steps"] = result.metrics.decode_steps;
+    json["refused"] = result.refused.empty() ? Json() : Json(result.refused);
+    const auto count = [&](std::size_t value) { return result.refused.empty() ? Json(value) : Json(); };
+    json["decode_steps"] = count(result.metrics.decode_steps);
     json["share"] = number(result.metrics.share);
     json["mean_error"] = number(result.metrics.mean_error);
     json["max_error"] = number(result.metrics.max_error);
-    json["peak_resident_tokens"] = result.cache.peak_resident_tokens;
-    json["peak_resident_bytes"] = result.cache.peak_resident_bytes;
-    json["final_resident_bytes"] = result.cache.resident_bytes;
-    json["evicted_tokens"] = result.cache.evicted_tokens;
+    json["peak_resident_tokens"] = count(result.cache.peak_resident_tokens);
+    json["peak_resident_bytes"] = count(result.cache.peak_resident_bytes);
+    json["final_resident_bytes"] = count(result.cache.resident_bytes);
+    json["evicted_tokens"] = count(result.cache.evicted_tokens);
     json["used_page_share"] = number(result.cache.used_page_share);
     json["mean_step_us"] = number(result.metrics.mean_step_us);
     return json;
@@ -132,15 +135,22 @@ class ReplayReport {
       row.push_back(std::isfinite(m.share) ? fixed_text(100.0 * m.share, 2) + " %" : "-");
       row.push_back(error_text(m, m.mean_error));
       row.push_back(error_text(m, m.max_error));
-      row.push_back(std::to_string(result.cache.peak_resident_tokens));
-      row.push_back(bytes_text(result.cache.peak_resident_bytes));
-      row.push_back(std::to_string(result.cache.evicted_tokens));
+      const auto unless_refused = [&](std::string text) { return result.refused.empty() ? std::move(text) : "-"; };
+      row.push_back(unless_refused(std::to_string(result.cache.peak_resident_tokens)));
+      row.push_back(unless_refused(bytes_text(result.cache.peak_resident_bytes)));
+      row.push_back(unless_refused(std::to_string(result.cache.evicted_tokens)));
       const double used = result.cache.used_page_share;
       if (any_judges()) row.push_back(std::isfinite(used) ? fixed_text(100.0 * used, 1) + " %" : "-");
       row.push_back(std::isfinite(m.mean_step_us) ? fixed_text(m.mean_step_us, 1) : "-");
       table.add_row(std::move(row));
     }
     table.print(out);
+    bool first = true;
+    for (const ReplayResult& result : results_) {
+      if (result.refused.empty()) continue;
+      if (std::exchange(first, false)) out << "\nrefused:\n";
+      out << "  " << result.policy << " at budget " << result.budget_tokens << ": " << result.refused << '\n';
+    }
   }
 
   void print_legend(std::ostream& out) const {

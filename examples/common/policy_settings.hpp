@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstddef>
 #include <kvsparse/cache/any_cache.hpp>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -52,10 +53,12 @@ inline bool covers(const std::string& scope, const std::string& policy) {
 }
 
 /// Keys that --set knows for a policy: its own, and the read budget of those that select.
-inline std::vector<std::string> setting_keys(const std::string& policy) {
-  const kvsparse::PolicyFacts facts = kvsparse::policy_facts(policy);
-  std::vector<std::string> keys = facts.option_keys;
-  if (facts.selects) keys.emplace_back("read_budget");
+template <class List>
+std::vector<std::string> setting_keys(const std::string& policy) {
+  const std::optional<kvsparse::PolicyFacts> facts = kvsparse::find_policy_facts<List>(policy);
+  if (!facts) throw kvsparse::unknown_policy(policy);
+  std::vector<std::string> keys = facts->option_keys;
+  if (facts->selects) keys.emplace_back("read_budget");
   return keys;
 }
 
@@ -68,17 +71,18 @@ inline std::size_t parse_read_budget(const std::string& text) {
   return value;
 }
 
-inline void refuse_setting(const std::string& text, const std::vector<std::string>& policies) {
+template <class List>
+void refuse_setting(const std::string& text, const std::vector<std::string>& policies) {
   std::string known;
   for (const std::string& policy : policies) {
     known += "; " + policy + " has ";
-    const std::vector<std::string> keys = setting_keys(policy);
+    const std::vector<std::string> keys = setting_keys<List>(policy);
     for (const std::string& key : keys) known += (key == keys.front() ? "" : ", ") + key;
     if (keys.empty()) known += "none";
   }
   std::vector<std::string> all;
-  for (const std::string& policy : kvsparse::policy_names()) {
-    for (const std::string& key : setting_keys(policy)) {
+  for (const std::string& policy : kvsparse::policy_names<List>()) {
+    for (const std::string& key : setting_keys<List>(policy)) {
       if (std::find(all.begin(), all.end(), key) == all.end()) all.push_back(key);
     }
   }
@@ -89,12 +93,14 @@ inline void refuse_setting(const std::string& text, const std::vector<std::strin
 
 }  // namespace detail
 
-/// One entry per policy of `policies`. A key applies to every listed policy that has it, "raas.key" only where raas is.
-/// Throws UsageError for a text that applies to none, kvsparse::ConfigError for an unknown policy.
-inline std::vector<PolicySettings> settings_per_policy(const std::vector<std::string>& policies,
-                                                       const std::vector<std::string>& texts) {
+/// One entry per policy of `policies`, which are of the list. A key applies to every listed policy that has it,
+/// "raas.key" only where raas is. Throws UsageError for a text that applies to none, kvsparse::ConfigError for an
+/// unknown policy.
+template <class List = kvsparse::NamedPolicies>
+std::vector<PolicySettings> settings_per_policy(const std::vector<std::string>& policies,
+                                                const std::vector<std::string>& texts) {
   std::vector<std::vector<std::string>> keys;
-  for (const std::string& policy : policies) keys.push_back(detail::setting_keys(policy));
+  for (const std::string& policy : policies) keys.push_back(detail::setting_keys<List>(policy));
   std::vector<PolicySettings> result(policies.size());
   for (const std::string& text : texts) {
     const detail::ScopedSetting setting = detail::parse_setting(text);
@@ -109,7 +115,7 @@ inline std::vector<PolicySettings> settings_per_policy(const std::vector<std::st
         result[i].options.push_back({setting.key, setting.value});
       }
     }
-    if (!applied) detail::refuse_setting(text, policies);
+    if (!applied) detail::refuse_setting<List>(text, policies);
   }
   return result;
 }

@@ -888,6 +888,170 @@ def many_at_once(checker):
     checker.compare(one, Case("quest", 16, 16))
 
 
+# ---- the clairvoyant and the sweep -----------------------------------------------------------------------------------
+
+
+def wanting(name, wishes):
+    """One head, a key of its own for each token; query t gives key i the share wishes[t][i], others next to nothing."""
+    tokens = len(wishes)
+    q = np.zeros((tokens, 1, tokens), np.float32)
+    for t, wish in enumerate(wishes):
+        for i, share in wish.items():
+            q[t, 0, i] = (20 + math.log(share)) * math.sqrt(tokens)
+    rng = np.random.RandomState(41)
+    return Trace(name, q, np.eye(tokens, dtype=np.float32)[:, None, :],
+                 rng.standard_normal((tokens, 1, tokens)).astype(np.float32), 0)
+
+
+def most_mass_kept(trace, page, P):
+    """Mean share of an evictor that errs nowhere: of every set of pages that can be resident, the most mass kept on any
+    way to it."""
+    layer = layer_of(trace, "f32")
+    tokens, query_heads, kv_heads, _ = trace.shape
+    starts = np.arange(0, tokens, page)
+    total = 0.0
+    for kv in range(kv_heads):
+        heads = slice(kv * layer.group, (kv + 1) * layer.group)
+        mass = np.add.reduceat(layer.dense[heads].sum(axis=0), starts, axis=1)  # [queries, pages]
+        mass[: trace.prompt] = 0
+        best = {frozenset(): 0.0}
+        for opened in range(len(starts)):
+            step = mass[opened * page : (opened + 1) * page].sum(axis=0)
+            reached = {}
+            for pages, kept in best.items():
+                for rest in [pages - {out} for out in pages] if len(pages) == P else [pages]:
+                    now = rest | {opened}
+                    reached[now] = max(reached.get(now, 0.0), kept + sum(step[p] for p in now))
+            best = reached
+        total += max(best.values())
+    return total / ((tokens - trace.prompt) * query_heads)
+
+
+def clairvoyant(checker):
+    """By hand, against all ways to evict, and against every evictor there is."""
+    # Nobody wants 2, then nobody wants 3; 0 is wanted until 4, 1 at the end alone.
+    simple = wanting("clairvoyant_simple", [{0: 1}, {0: 1}, {0: 1}, {0: 1}, {0: 1}, {1: 1}])
+    # 0 is wanted most in sum, but keeping it costs every newer page: the least to come is not what should go.
+    trap = wanting("clairvoyant_trap", [{0: 1}, {0: 0.9}] + [{0: 0.3, t - 1: 0.6} for t in range(2, 9)])
+    for trace, P, wish in ((simple, 3, {3: {0, 1, 3}, 4: {0, 1, 4}}), (trap, 2, {t: {t - 1, t} for t in range(2, 9)})):
+        result = checker.run_case(trace, Case("clairvoyant", 1, P))
+        for t, tokens in wish.items() if result else ():
+            got = set(np.flatnonzero(result[1]["resident"][t, 0]).tolist())
+            checker.check(got == tokens, f"{trace.name}: resident at {t}", f"{got}, should be {tokens}", result[0])
+
+    small = [gaussian("clairvoyant_gauss", 26, 4, 2, 8, 5, 42), gaussian("clairvoyant_sharp", 25, 2, 1, 8, 0, 43, 8.0),
+             milestones("clairvoyant_milestones", 28, 4, 2, 16, 6, 44),
+             ties("clairvoyant_ties", 24, 2, 1, 8, 3, 45, zero=True)]
+    for trace in small:
+        for page in (2, 3):
+            for P in (1, 2, 3, 5, 8, 20):
+                result = checker.run_case(trace, Case("clairvoyant", page, P * page))
+                if result is None:
+                    continue
+                command, dump, row, _ = result
+                what = f"{trace.name}: page {page} budget {P * page}"
+                wish = most_mass_kept(trace, page, P)
+                checker.check(abs(metric(row, "share") - wish) < 1e-6, f"{what}: no evictions keep more",
+                              f"{metric(row, 'share')}, {wish} can be kept", command)
+                resident = dump["resident"].astype(int)
+                checker.check(resident.sum(axis=2).max() <= P * page, f"{what}: the budget holds", command=command)
+                t = np.arange(trace.prompt + 1, trace.shape[0])
+                back = (resident[1:] > resident[:-1]).any(axis=1)
+                back[np.arange(len(t)), t] = False
+                checker.check(not back.any(), f"{what}: nothing comes back", command=command)
+
+    sheet = checker.path("ceilings.csv")
+    for trace in traces_for(4):
+        for seed in (0, 1, 2):
+            lines = ["--trace", checker.trace_file(trace), "--sweep", "--page-size", "4", "--csv", sheet, "--budget",
+                     "8,24,40,64,80,100", "--set", f"random.seed={seed}"]
+            # The others know no seed: once is enough.
+            lines += ["--policy", "clairvoyant,random"] if seed else []
+            command, code, _, stderr = checker.run(lines)
+            if not checker.check(code == 0, f"{trace.name}: sweep", f"{code} {stderr[:300]}", command):
+                continue
+            with open(sheet, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if not row["refused"] and row["policy"] != "dense"]
+            share = {(row["policy"], row["budget_tokens"]): float(row["share"]) for row in rows}
+            for row in rows:
+                for ceiling in [] if row["read_budget_tokens"] else ["clairvoyant"] + ["oracle"] * (seed == 0):
+                    most = share[ceiling, row["budget_tokens"]]
+                    checker.check(float(row["share"]) <= most + 1e-6,
+                                  f"{trace.name}: {row['policy']} at {row['budget_tokens']} is not above {ceiling}",
+                                  f"{row['share']}, {most}", command)
+
+
+def sweep(checker):
+    """A row for every policy and power of two, the figures of single runs, reasons in the gaps, and a picture."""
+    trace = milestones("sweep", 150, 4, 2, 40, 22, 46)
+    path, out, sheet = checker.trace_file(trace), checker.path("sweep.json"), checker.path("sweep.csv")
+    command, _, _, stderr = checker.run(["--trace", path, "--policy", "snail", "--budget", "8"])
+    known = stderr.strip().rsplit("known are ", 1)[-1].split(", ")
+    single = {name for name in known if "+" not in name}
+    checker.check({"dense", "raas", "oracle", "random", "clairvoyant"} <= single, "policies are listed", stderr,
+                  command)
+    command, code, stdout, stderr = checker.run(
+        ["--trace", path, "--sweep", "--page-size", "4", "--csv", sheet, "--json", out])
+    if not checker.check(code == 0, "sweep: exit code", f"{code} {stderr[:300]}", command):
+        return
+    with open(sheet, newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(out) as file:
+        in_json = rows_in(json.load(file)) or []
+    wanted = {(name, budget) for name in single for budget in (4, 8, 16, 32, 64, 128)}
+    got = [(row["policy"], int(row["budget_tokens"])) for row in rows]
+    checker.check(set(got) == wanted and len(got) == len(wanted), "sweep: a row for every policy and power of two",
+                  str(set(got) ^ wanted), command)
+    checker.check([(r["policy"], r["budget_tokens"]) for r in in_json] == got, "sweep: the same rows in JSON",
+                  command=command)
+    measures = ("decode_steps", "share", "mean_error", "max_error", "peak_resident_tokens", "evicted_tokens")
+    for row, twin in zip(rows, in_json):
+        what = f"sweep: {row['policy']} at {row['budget_tokens']}"
+        cells = [row[name] for name in measures]
+        checker.check(not any(cells) if row["refused"] else all(cells), f"{what}: figures or a reason", str(row),
+                      command)
+        checker.check((twin["refused"] or "") == row["refused"] and row["refused"] in stdout, f"{what}: the reason",
+                      f"{twin['refused']}", command)
+        # 22 tokens of prompt are 6 pages; one more is to decode in.
+        if row["policy"] in ("raas", "random"):
+            checker.check(bool(row["refused"]) == (int(row["budget_tokens"]) < 28), f"{what}: refused where it must be",
+                          row["refused"], command)
+        if row["policy"] in ("dense", "h2o", "quest", "oracle", "clairvoyant"):
+            checker.check(not row["refused"], f"{what}: not refused", row["refused"], command)
+    for policy, budget in (("raas", 64), ("clairvoyant", 16), ("oracle", 8), ("quest", 32)):
+        lines = ["--trace", path, "--policy", policy, "--budget", str(budget), "--page-size", "4", "--json", out]
+        alone_command, code, _, stderr = checker.run(lines)
+        if checker.check(code == 0, f"sweep: {policy} at {budget} alone", stderr[:300], alone_command):
+            with open(out) as file:
+                alone = rows_in(json.load(file))[0]
+            swept = next(r for r in in_json if (r["policy"], r["budget_tokens"]) == (policy, budget))
+            checker.check(all(alone[name] == swept[name] for name in measures), f"sweep: {policy} at {budget} as alone",
+                          f"{alone} {swept}", alone_command)
+
+    lines = ["--trace", path, "--sweep", "--policy", "raas,h2o", "--budget", "8,48", "--page-size", "4", "--csv", sheet]
+    command, code, _, stderr = checker.run(lines)
+    with open(sheet, newline="") as file:
+        got = [(row["policy"], row["budget_tokens"], bool(row["refused"])) for row in csv.DictReader(file)]
+    wish = [("raas", "8", True), ("raas", "48", False), ("h2o", "8", False), ("h2o", "48", False)]
+    checker.check(code == 0 and got == wish, "sweep: of lists", f"{code} {got} {stderr[:300]}", command)
+    lines = ["--trace", path, "--sweep", "--policy", "raas,random", "--budget", "8", "--page-size", "4"]
+    refused(checker, "a sweep that nobody takes part in", lines, ("raas", "prompt"))
+    refused(checker, "a dump of a sweep", ["--trace", path, "--sweep", "--dump", checker.path("swept.safetensors")])
+    refused(checker, "no --policy without --sweep", ["--trace", path, "--budget", "48"], ("--policy", "--sweep"))
+    refused(checker, "no --budget without --sweep", ["--trace", path, "--policy", "raas"], ("--budget", "--sweep"))
+
+    picture = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "bench", "plot.py")
+    # The checks need numpy alone, so that another python than the one that runs them may have matplotlib.
+    for python in dict.fromkeys([sys.executable, "/usr/bin/python3"]):
+        if subprocess.run([python, "-c", "import matplotlib"], capture_output=True).returncode != 0:
+            continue
+        command = [python, picture, "sweep", "--csv", sheet, "--output", checker.folder]
+        done = subprocess.run(command, capture_output=True)
+        drawn = os.path.exists(checker.path("sweep.png")) and os.path.getsize(checker.path("sweep.png")) > 10000
+        checker.check(done.returncode == 0 and drawn, "sweep: a picture", done.stderr.decode()[-300:], command)
+        break
+
+
 # ---- what must be refused --------------------------------------------------------------------------------------------
 
 SET_KEYS = ("used", "r", "alpha", "evidence", "window", "patience", "caution", "pin_prompt", "sinks", "read_budget",
@@ -1067,7 +1231,9 @@ def main():
                       f"{checker.excused} of {checker.heads} heads excused")
         sections = [] if options.only else [
             ("below the budget: bits of dense", below_the_budget), ("randomness", randomness),
-            ("several policies, odd but valid files", many_at_once), ("refusals of files and options", refusals)]
+            ("several policies, odd but valid files", many_at_once),
+            ("the clairvoyant: against all evictions, above every evictor", clairvoyant),
+            ("sweeps", sweep), ("refusals of files and options", refusals)]
         before = checker.passed + len(checker.failures)
         summary = [f"decisions, outputs and metrics: {before} checks"]
         for name, section in sections:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each policy keeps of one trace against its budget, between the ceilings and the floor: from replay --sweep."""
+import csv
+import math
+
+import matplotlib.pyplot as plt
+
+from plot_style import (BLUE, BROWN, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, InputError, finish, legend_below,
+                        logarithmic)
+
+BLACK = "#222222"
+CEILINGS = ("oracle", "clairvoyant")
+FLOOR = "random"
+# policy: label, colour, marker, filled. Whoever evicts is drawn solid, whoever only selects is dashed.
+LOOKS = {
+    "oracle": ("Oracle: exact top tokens, nothing evicted", BLACK, "*", True),
+    "clairvoyant": ("Clairvoyant: the evictions that lose least mass", BLACK, "D", True),
+    "random": ("Random, prompt pinned", GREY, "X", True),
+    "raas": ("RaaS", RED, "o", True),
+    "kindred": ("Kindred", YELLOW, "D", True),
+    "h2o": ("H2O", BLUE, "s", True),
+    "streaming_llm": ("StreamingLLM", GREEN, "P", True),
+    "tova": ("TOVA", ORANGE, "^", True),
+    "snap_kv": ("SnapKV", PINK, "v", True),
+    "r_kv": ("R-KV", BROWN, "p", True),
+    "lazy_eviction": ("LazyEviction", ORANGE, "o", False),
+    "lrfu": ("LRFU", PINK, "s", False),
+    "key_norm": ("KeyNorm", GREEN, "d", False),
+    "key_diff": ("KeyDiff", BLUE, "d", False),
+    "value_aware": ("ValueAware", BROWN, "h", False),
+    "quest": ("Quest", SKY, "o", True),
+    "hash_attention": ("HashAttention", RED, ">", False),
+    "hierarchical_top_k": ("HiP", ORANGE, "<", False),
+    "half_space": ("HalfSpace", GREEN, "8", False),
+}
+SPARE_LOOKS = tuple((colour, marker, False) for marker in "^v<>" for colour in (RED, BLUE, GREEN, PINK, BROWN, YELLOW))
+COLUMNS = ("policy", "budget_tokens", "read_budget_tokens", "refused", "share", "mean_error", "evicted_tokens")
+
+
+def read_points(path):
+    """{policy: [(budget, share, error, selects only)]} by budget, in the file's order; shares and errors that are
+    missing are NaN. Dense, which has no budget, is left out."""
+    policies = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(f"{path}: column {missing[0]} is missing from the first line")
+            for record in reader:
+                if record["policy"] == "dense":
+                    continue
+                try:
+                    share, error = (float(record[column] or "nan") for column in ("share", "mean_error"))
+                    point = (int(record["budget_tokens"]), share, error, bool(record["read_budget_tokens"]))
+                except (TypeError, ValueError):
+                    raise InputError(f"{path}:{reader.line_num}: a column holds no number") from None
+                policies.setdefault(record["policy"], []).append(point)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not any(math.isfinite(point[1]) for points in policies.values() for point in points):
+        raise InputError(f"{path} holds no policy that took a budget")
+    return {name: sorted(points) for name, points in policies.items()}
+
+
+def look_of(policy, number):
+    return LOOKS.get(policy) or (policy, *SPARE_LOOKS[number % len(SPARE_LOOKS)])
+
+
+def draw_lines(axes, policies, value):
+    for number, (policy, points) in enumerate(policies.items()):
+        label, colour, marker, filled = look_of(policy, number)
+        marks_an_end = policy in CEILINGS or policy == FLOOR
+        only_selects = points[0][3] and "+" not in policy
+        axes.plot([point[0] for point in points], [value(point) for point in points], label=label, color=colour,
+                  marker=marker, markersize=9 if marker == "*" else 6, markerfacecolor=colour if filled else "white",
+                  linewidth=2.6 if marks_an_end else 1.3, linestyle="--" if only_selects else "-",
+                  zorder=5 if marks_an_end else 3)
+
+
+def shade_the_gap(axes, policies, value):
+    """Between the floor and the clairvoyant: where an evictor should be."""
+    if FLOOR not in policies or "clairvoyant" not in policies:
+        return
+    floor, ceiling = ({point[0]: value(point) for point in policies[name]} for name in (FLOOR, "clairvoyant"))
+    budgets = [b for b in floor if math.isfinite(floor[b]) and math.isfinite(ceiling.get(b, math.nan))]
+    axes.fill_between(budgets, [floor[b] for b in budgets], [ceiling[b] for b in budgets], color=GREY, alpha=0.13,
+                      linewidth=0)
+
+
+def sweep(options):
+    policies = read_points(options.csv)
+    # What all others are held against comes first in the legend.
+    first = [name for name in (*CEILINGS, FLOOR) if name in policies]
+    policies = {name: policies[name] for name in (*first, *(n for n in policies if n not in first))}
+    budgets = sorted({point[0] for points in policies.values() for point in points if math.isfinite(point[1])})
+    figure, (kept, error) = plt.subplots(1, 2, figsize=(13, 5.6))
+    for axes, value, name in ((kept, lambda point: 100 * point[1], "dense softmax mass on the tokens read, %"),
+                              (error, lambda point: point[2] or math.nan,  # a logarithm shows no zero
+                               "mean error of a head's output, |out - dense| / |dense|")):
+        draw_lines(axes, policies, value)
+        shade_the_gap(axes, policies, value)
+        logarithmic(axes.xaxis, budgets)
+        axes.set_xlabel("budget: tokens per kv head")
+        axes.set_ylabel(name)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    kept.set_ylim(0, 101.5)
+    error.set_yscale("log")
+    rows = legend_below(figure, (kept, error), columns=4)
+    note = ("Solid lines evict: the budget is what stays. Dashed lines keep everything: the budget is what a query "
+            "reads of it. A line begins at the first budget that the policy takes. No choice of as many tokens holds "
+            "more mass than Oracle's, no evictor of pages keeps more than the clairvoyant; grey: from Random to there.")
+    finish(figure, "Kept and lost of one layer's attention, between the ceilings and the floor",
+           options.output / "sweep.png", legend_rows=rows, note=note, grows=True)
