@@ -6,9 +6,11 @@
 
 #include <cmath>
 #include <limits>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "kvsparse/interop/snapshot.hpp"
 #include "kvsparse/policy/certified.hpp"
 #include "kvsparse/policy/clustered.hpp"
 #include "kvsparse/policy/half_space.hpp"
@@ -87,6 +89,32 @@ TEST(ZooVerbs, AForkDecodesAsACopyDoes) {
       }
     }
   });
+}
+
+/// A snapshot of it would tell.
+TEST(ZooVerbs, AClearedCacheKnowsNothingOfWhatItHeld) {
+  for_zoo([](const auto& policy) {
+    using Cache = PagedKvCache<std::remove_cvref_t<decltype(policy)>>;
+    SCOPED_TRACE(Cache::policy_type::name);
+    Cache cleared(config_of(4), policy);
+    for (std::uint64_t t = 0; t < 40; ++t) step(cleared, Chunk(t, 1));
+    cleared.clear();
+    const Cache unused(config_of(4), policy);
+    std::ostringstream of_cleared, of_unused;
+    save(cleared, of_cleared);
+    save(unused, of_unused);
+    EXPECT_TRUE(of_cleared.str() == of_unused.str());
+  });
+}
+
+TEST(ZooVerbs, HierarchicalTopKRemembersNothingAndCanGoBackAnywhere) {
+  PagedKvCache<HierarchicalTopK> cache(config_of(4));
+  for (std::uint64_t t = 0; t < 40; ++t) step(cache, Chunk(t, 1));
+  EXPECT_EQ(cache.oldest_reachable(), 0U);
+  ASSERT_TRUE(cache.truncate(Position{17}).ok());
+  PagedKvCache<HierarchicalTopK> other(config_of(4));
+  for (std::uint64_t t = 0; t < 17; ++t) step(other, Chunk(t, 1));
+  for (std::uint64_t t = 100; t < 130; ++t) ASSERT_EQ(step(cache, Chunk(t, 1)), step(other, Chunk(t, 1)));
 }
 
 /// Rows of numbers, and of what is none: some wholly, some in one element.

@@ -2,6 +2,7 @@
 #include "cache_kind.hpp"
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 
@@ -53,6 +54,7 @@ void draw_settings(CacheKind& kind, const std::vector<std::string>& keys, TestRn
   if (has("kernel")) set("kernel", "3");
   if (has("alpha") && rng.below(2) == 0) set("alpha", "0.1");
   if (has("used") && rng.below(2) == 0) set("used", "rank");
+  if (has("pool") && kind.geometry().group() == 1 && rng.below(2) == 0) set("pool", "query_head");
   if (has("evidence") && rng.below(3) == 0) set("evidence", "quest_bound");
   kind.trims = has("period") || has_part(kind.policy, "lazy_eviction");
 }
@@ -64,8 +66,13 @@ CacheKind try_kind(std::string_view policy, ScalarType scalar, const PoolShape& 
   kind.scalar = scalar;
   kind.evicts = facts.evicts;
   kind.selects = facts.selects;
-  kind.selects_always = has_part(policy, "half_space") || has_part(policy, "token_witness");
-  kind.reads_newest = !has_part(policy, "oracle");
+  const auto is_any_of = [&](std::initializer_list<std::string_view> parts) {
+    return std::any_of(parts.begin(), parts.end(), [&](std::string_view part) { return has_part(policy, part); });
+  };
+  kind.reads_as_needed = is_any_of({"half_space", "certified", "token_witness"});
+  kind.reads_newest = !is_any_of({"oracle"});
+  kind.sink_pages = is_any_of({"value_aware"}) ? 1 : 0;
+  kind.answers_for_gone = is_any_of({"clustered", "streaming_sketch"});
   CacheConfig& config = kind.config;
   config.kv_heads = shape.kv_heads;
   config.query_heads = shape.kv_heads * shape.group;

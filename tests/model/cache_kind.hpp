@@ -21,8 +21,9 @@ struct CacheKind {
 
   bool evicts = false;
   bool selects = false;
-  bool selects_always = false;
-  bool reads_newest = true;
+  bool reads_as_needed = false;   ///< whatever the budget for reading
+  bool reads_newest = true;       ///< whatever the query
+  bool answers_for_gone = false;  ///< an answer is more than the softmax over what is read
   bool trims = false;
   bool pins_prompt = false;
   std::size_t sink_pages = 0;

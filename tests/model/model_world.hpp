@@ -13,22 +13,16 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "cache_kind.hpp"
 #include "naive_sequence.hpp"
+#include "promise.hpp"
 #include "support/row_stock.hpp"
 
 namespace kvsparse_test {
-
-/// A promise was not kept; what() says which.
-class Broken : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 /// One thing to do, complete in itself: what it needs beside, it draws from the numbers.
 struct Verb {
@@ -141,7 +135,11 @@ class ModelWorld {
   void compare_with_twin(Entry& entry, std::optional<std::uint32_t> query_seed);
 
   kvsparse::AnyCache twin_of(const Entry& entry) const;
+  /// What of two states differs, if they do.
+  static std::string difference(const kvsparse::detail::LayerImage& a, const kvsparse::detail::LayerImage& b);
   static Footprint footprint_of(const kvsparse::detail::LayerImage& image);
+
+  static std::size_t index_of(kvsparse::Position position) { return static_cast<std::size_t>(position.value); }
 
   void expect(Entry& entry, Status status, Status::Code code);
   void expect_unchanged(const Entry& entry, const char* after) const;

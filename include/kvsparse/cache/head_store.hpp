@@ -127,6 +127,7 @@ struct HeadStore {
     table.clear();
     state = {};
     query_end = {};
+    std::fill(query_window.begin(), query_window.end(), 0.0F);  // a snapshot would tell what the sequence before asked
     evictions = 0;
     evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen = 0;
   }
