@@ -543,4 +543,30 @@ TEST(PolicyContract, AFullNewestPageOutlivesTheTrimAtPromptEnd) {
   EXPECT_EQ(resident.front(), kvsparse::Position{4});
 }
 
+struct EveryOtherToken {
+  static constexpr std::string_view name = "every_other_token";
+  static constexpr kvsparse::PolicyGranularity granularity = kvsparse::PolicyGranularity::token;
+  static constexpr bool select_always = true;
+  void select(kvsparse::HeadView<EveryOtherToken> head, kvsparse::QueryGroup, kvsparse::Selection& selection) const {
+    for (const kvsparse::PageIndex page : head.pages()) {
+      const std::span<std::uint64_t> mask = selection.token_mask(page);
+      std::fill(mask.begin(), mask.end(), 0x5555555555555555U);
+      selection.add({page, mask, 0.0F, 0.0F, 0});
+    }
+  }
+};
+
+TEST(PolicyContract, BitsOfATokenMaskBehindThePagesTokensAreNoTokens) {
+  for (const std::size_t page_size : {4U, 64U, 70U, 128U}) {
+    kvsparse::PagedKvCache<EveryOtherToken> cache({.head_dim = 1, .page_size = page_size, .max_tokens = 200});
+    const std::vector<float> rows(150, 1.0F);
+    std::vector<float> out(1);
+    ASSERT_TRUE(cache.append_prompt(std::span<const float>(rows), std::span<const float>(rows)).ok());
+    ASSERT_TRUE(kvsparse::attend(cache, std::span<const float>(rows).first(1), std::span<float>(out)).ok());
+    EXPECT_EQ(cache.stats().last_read_tokens, 75U) << "page size " << page_size;
+    EXPECT_EQ(cache.stats().last_skipped_tokens, 75U) << "page size " << page_size;
+    EXPECT_EQ(cache.read_positions(0).size(), 75U) << "page size " << page_size;
+  }
+}
+
 }  // namespace kvsparse_test

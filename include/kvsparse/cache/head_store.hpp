@@ -362,6 +362,11 @@ struct HeadStore {
   }
   Position first_position_at(PageIndex page) const { return table[page].first_position; }
 
+  /// The bits of a mask's word-th word that stand for slots before `slot`.
+  static std::uint64_t slots_below(std::size_t slot, std::size_t word) {
+    if (slot >= 64 * (word + 1)) return ~std::uint64_t{0};
+    return slot <= 64 * word ? 0 : (std::uint64_t{1} << (slot - 64 * word)) - 1;
+  }
   void mark_read() {
     const std::size_t words = read_masks.empty() ? 0 : read_masks.size() / was_read_.size();
     for (std::size_t r = 0; r < read_count; ++r) {
@@ -373,7 +378,7 @@ struct HeadStore {
       for (std::size_t w = 0; w < words; ++w) {
         const std::uint64_t mask = read.token_mask == nullptr ? ~std::uint64_t{0} : read.token_mask[w];
         read_masks[read.index.value * words + w] |= mask;
-        tokens += static_cast<std::size_t>(std::popcount(mask));
+        tokens += static_cast<std::size_t>(std::popcount(mask & slots_below(read.tokens, w) & ~slots_below(unseen, w)));
       }
       read_tokens += read.token_mask == nullptr ? read.tokens - unseen : tokens;
     }
