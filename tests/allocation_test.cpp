@@ -52,14 +52,20 @@ void for_every_cache(Visit&& visit) {
   for (const std::string& policy : policy_names()) {
     const std::vector<std::string> keys = policy_facts(policy).option_keys;
     std::vector<Settings> variants(1);
+    for (const std::string& key : keys) {  // a page size may be 1, and the budget is of 6 pages
+      if (key == "window" || key == "period") variants[0].push_back({key, "2"});
+    }
     const Settings options{{"evidence", "quest_bound"}, {"pool", "query_head"}, {"over", "prompt"}, {"used", "rank"}};
     for (const OptionSetting& option : options) {
-      if (std::find(keys.begin(), keys.end(), option.key) != keys.end()) variants.push_back({option});
+      if (std::find(keys.begin(), keys.end(), option.key) != keys.end()) {
+        variants.push_back(variants[0]);
+        variants.back().push_back(option);
+      }
     }
     for (const std::string_view scalar : scalar_type_names) {
       for (const Settings& settings : variants) {
         SCOPED_TRACE(policy + " in " + std::string(scalar) +
-                     (settings.empty() ? "" : " with " + settings[0].key + " = " + settings[0].value));
+                     (settings.empty() ? "" : " with " + settings.back().key + " = " + settings.back().value));
         visit([&](const CacheConfig& config) {
           return kvsparse_tools::named_cache(policy, scalar_type(scalar), config, settings);
         });
@@ -168,7 +174,7 @@ void expect_the_bytes_that_a_handle_tells(const CacheConfig& config, Make&& make
 
 TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
   for_every_cache([](auto&& make) {
-    for (const std::size_t page_size : {1U, 7U, 16U, 130U}) {
+    for (const std::size_t page_size : {1U, 7U, 16U, 64U}) {
       CacheConfig config = config_of(page_size, 3);
       expect_the_bytes_that_a_handle_tells(config, make);
       config.head_dim = 128;

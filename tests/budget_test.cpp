@@ -130,10 +130,12 @@ TEST_P(Budget, HoldsAfterEveryCallAndIsUsedInFull) {
           if (std::string(pin) != "default") settings.push_back({"pin_prompt", pin});
           TestCache cache(policy, ScalarType::f32, config, settings);
           Feeder feeder(cache, rows);
-          const bool pins =
-              std::string(pin) == "true" ||
-              (std::string(pin) == "default" &&
-               (has_prefix(policy, "raas") || has_prefix(policy, "kindred") || has_prefix(policy, "random")));
+          const bool pins = std::string(pin) == "true" ||
+                            (std::string(pin) == "default" &&
+                             (has_prefix(policy, "raas") || has_prefix(policy, "kindred") ||
+                              has_prefix(policy, "random") || policy == "lazy_eviction" || policy == "lrfu"));
+          const std::size_t lag =
+              aims_below_budget(policy) ? config.geometry().pages_for(small_lag) * page_size : std::size_t{0};
           const std::size_t sinks = has_prefix(policy, "streaming_llm") ? (4 + page_size - 1) / page_size : 0;
           const auto check = [&] {
             const CacheStats stats = cache.stats();
@@ -143,7 +145,8 @@ TEST_P(Budget, HoldsAfterEveryCallAndIsUsedInFull) {
               const std::vector<int> resident = cache.resident(h);
               largest = std::max(largest, resident.size());
               ASSERT_LE(resident.size(), cap);
-              ASSERT_GE(resident.size() + page_size, std::min(cap, cache.length()) + 1) << "the budget is not used";
+              ASSERT_GE(resident.size() + page_size + lag, std::min(cap, cache.length()) + 1)
+                  << "the budget is not used";
               ASSERT_EQ(resident.back(), static_cast<int>(cache.length()) - 1) << "the newest token is resident";
               ASSERT_TRUE(std::is_sorted(resident.begin(), resident.end()));
               const std::size_t pinned = std::max(sinks * page_size, pins ? prompt : 0);
@@ -160,7 +163,8 @@ TEST_P(Budget, HoldsAfterEveryCallAndIsUsedInFull) {
             static_cast<void>(feeder.attend());
           }
           const CacheStats stats = cache.stats();
-          EXPECT_EQ(stats.peak_resident_tokens, cap);
+          EXPECT_LE(stats.peak_resident_tokens, cap);
+          EXPECT_GE(stats.peak_resident_tokens + lag, cap);
           EXPECT_EQ(stats.evicted_tokens, 2 * end - cache.resident(0).size() - cache.resident(1).size());
         }
       }
@@ -398,8 +402,7 @@ TEST(Configuration, OptionsOfACompositionsPartsAreCheckedToo) {
 
 TEST(Configuration, AnUnknownPolicyIsRefusedWithTheKnownNames) {
   const std::string sentence = refusal("snail", config_of(4, 5));
-  EXPECT_EQ(sentence.find("unknown policy snail; known are dense, streaming_llm, h2o, quest, raas, kindred, random"),
-            0U)
+  EXPECT_EQ(sentence.find("unknown policy snail; known are dense, streaming_llm, h2o, raas, kindred, tova"), 0U)
       << sentence;
   EXPECT_NE(sentence.find("raas+quest"), std::string::npos);
   EXPECT_THROW(static_cast<void>(scalar_type("f64")), ConfigError);

@@ -77,7 +77,8 @@ inline Experiment preset(const std::string& name) {
   if (name == "full") return experiments::full();
   if (name == "long") return experiments::long_chains();
   if (name == "ideas") return experiments::ideas(idea_names());
-  if (name == "gate") return experiments::gate(kvsparse::policy_names());
+  if (name == "gate")
+    return experiments::gate(kvsparse::policy_names<kvsparse::WithCompositions<kvsparse::ComposedPolicies>>());
   throw UsageError("--experiment got " + in_quotes(name) + ", quick, full, long, ideas or gate was expected");
 }
 

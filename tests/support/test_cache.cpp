@@ -14,9 +14,21 @@ struct TestCache::Hidden {
   kvsparse::AnyCache cache;
 };
 
+namespace {
+Settings with_small_periods(std::string_view policy, const Settings& settings) {
+  Settings result;
+  for (const std::string& key : kvsparse::policy_facts(policy).option_keys) {
+    if (aims_below_budget(policy) && (key == "window" || key == "period"))
+      result.push_back({key, std::to_string(small_lag)});
+  }
+  result.insert(result.end(), settings.begin(), settings.end());
+  return result;
+}
+}  // namespace
+
 TestCache::TestCache(std::string_view policy, kvsparse::ScalarType scalar, const kvsparse::CacheConfig& config,
                      const Settings& settings)
-    : hidden_(new Hidden{kvsparse_tools::named_cache(policy, scalar, config, settings)}) {}
+    : hidden_(new Hidden{kvsparse_tools::named_cache(policy, scalar, config, with_small_periods(policy, settings))}) {}
 TestCache::TestCache(const TestCache& other) : hidden_(new Hidden{other.hidden_->cache}) {}
 TestCache& TestCache::operator=(const TestCache& other) {
   hidden_->cache = other.hidden_->cache;
@@ -72,6 +84,7 @@ std::vector<int> TestCache::resident(std::size_t kv_head) const {
 std::vector<int> TestCache::read(std::size_t kv_head) const { return numbers(hidden_->cache.read_positions(kv_head)); }
 
 std::vector<std::string> policy_names() { return kvsparse::policy_names(); }
+bool aims_below_budget(std::string_view policy) { return policy == "lazy_eviction" || policy == "r_kv"; }
 bool policy_evicts(std::string_view name) { return kvsparse::policy_facts(name).evicts; }
 bool policy_selects(std::string_view name) { return kvsparse::policy_facts(name).selects; }
 kvsparse::ScalarType scalar_type(std::string_view name) { return kvsparse::scalar_type(name); }

@@ -11,16 +11,30 @@
 #include <utility>
 #include <vector>
 
+#include "certified.hpp"
+#include "clustered.hpp"
 #include "compose.hpp"
 #include "dense.hpp"
 #include "h2o.hpp"
+#include "half_space.hpp"
+#include "hash_attention.hpp"
+#include "hierarchical_top_k.hpp"
+#include "key_diff.hpp"
+#include "key_norm.hpp"
 #include "kindred.hpp"
+#include "lazy_eviction.hpp"
+#include "lrfu.hpp"
 #include "options.hpp"
 #include "oracle.hpp"
 #include "quest.hpp"
+#include "r_kv.hpp"
 #include "raas.hpp"
 #include "random.hpp"
+#include "snap_kv.hpp"
 #include "streaming_llm.hpp"
+#include "streaming_sketch.hpp"
+#include "tova.hpp"
+#include "value_aware.hpp"
 
 namespace kvsparse {
 
@@ -28,7 +42,13 @@ template <class... Policies>
 struct PolicyList {};
 
 /// The name table: a new policy is one more name here.
-using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Quest, Raas, Kindred, Random, Oracle>;
+using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Raas, Kindred, Tova, SnapKv, RKv, LazyEviction, Lrfu,
+                                 KeyNorm, KeyDiff, ValueAware, Clustered, StreamingSketch, Random, Quest, HashAttention,
+                                 HierarchicalTopK, HalfSpace, Certified, Oracle>;
+
+/// Those whose compositions have names too. Any evictor composes with any selector (`Compose`); each pair costs as much
+/// to compile as a policy.
+using ComposedPolicies = PolicyList<StreamingLlm, H2o, Raas, Kindred, Random, Quest, Oracle>;
 
 namespace detail {
 
@@ -47,7 +67,7 @@ struct Joined<PolicyList<First...>, PolicyList<Second...>, Rest...> : Joined<Pol
 };
 
 template <class Evict, class Select>
-using CompositionIfAny = std::conditional_t<Evictor<Evict> && Selector<Select> && !Evictor<Select>,
+using CompositionIfAny = std::conditional_t<Evictor<Evict> && !Selector<Evict> && Selector<Select> && !Evictor<Select>,
                                             PolicyList<Compose<Evict, Select>>, PolicyList<>>;
 
 template <class List>
@@ -78,12 +98,12 @@ void visit_policies(PolicyList<Policies...>, Visit&& visit) {
 
 }  // namespace detail
 
-/// The policies of a list, then every evictor a of it with every selector b of it, by the name "a+b".
-template <class List>
-using WithCompositions = typename detail::Joined<List, typename detail::Compositions<List>::List>::List;
+/// The policies of a list, then every evictor a of another with every selector b of that, by the name "a+b".
+template <class List, class Composed = List>
+using WithCompositions = typename detail::Joined<List, typename detail::Compositions<Composed>::List>::List;
 
 /// All that has a name.
-using NamedPolicies = WithCompositions<KnownPolicies>;
+using NamedPolicies = WithCompositions<KnownPolicies, ComposedPolicies>;
 
 /// Every Parts-th policy of a list, from the Part-th on. Caches of many policies take long to compile; the parts of a
 /// table are compiled side by side, each in a translation unit of its own.
