@@ -161,7 +161,7 @@ struct RemembersTheMeanValue {
     float tokens, sum[64];
   };
   void on_evict(HeadView<RemembersTheMeanValue> head, PageIndex page) const {
-    const std::span<float> value = head.scratch().first(head.head_dim());
+    const std::span<float> value = head.scratch().first(head.value_dim());
     for (std::uint32_t slot = 0; slot < head.tokens(page); ++slot) {
       head.load_value(page, Slot{slot}, value);
       for (std::size_t i = 0; i < std::min<std::size_t>(64, value.size()); ++i) head.head_state().sum[i] += value[i];
@@ -171,7 +171,7 @@ struct RemembersTheMeanValue {
   void residual(HeadView<RemembersTheMeanValue> head, QueryGroup, std::span<SoftmaxState> states) const {
     for (SoftmaxState& state : states) {  // as one token of logit 0 with the mean value
       if (head.head_state().tokens == 0.0F) return;
-      const std::span<float> mean = head.scratch().first(head.head_dim());
+      const std::span<float> mean = head.scratch().first(head.value_dim());
       for (std::size_t i = 0; i < mean.size(); ++i) mean[i] = head.head_state().sum[i % 64] / head.head_state().tokens;
       merge(state, {mean.data(), 0.0F, 1.0F}, mean.size());
     }
