@@ -481,15 +481,21 @@ TEST(Summaries, OfAReusedPageKnowNothingOfItsFormerKeys) {
   }
 }
 
+struct BoundsEvictor {
+  static constexpr std::string_view name = "bounds_evictor";
+  static constexpr PageSummary page_summary = PageSummary::min_max;
+  PageIndex victim(HeadView<BoundsEvictor>) const { return PageIndex{0}; }
+};
+
 TEST(Composition, OfPartsThatNeedDifferentSummariesIsRefused) {
-  Compose<BoundsReader, MeanReader> policy;
+  Compose<BoundsEvictor, MeanReader> policy;
   const CacheConfig config{
       .query_heads = 1, .kv_heads = 1, .head_dim = 8, .page_size = 2, .budget_tokens = 8, .read_budget_tokens = 4};
   try {
-    const PagedKvCache<Compose<BoundsReader, MeanReader>> cache(config, policy);
+    const PagedKvCache<Compose<BoundsEvictor, MeanReader>> cache(config, policy);
     FAIL() << "not refused";
   } catch (const ConfigError& error) {
-    EXPECT_STREQ(error.what(), "policy bounds_reader+mean_reader: its two parts need different page summaries");
+    EXPECT_STREQ(error.what(), "policy bounds_evictor+mean_reader: its two parts need different page summaries");
   }
 }
 
