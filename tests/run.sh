@@ -5,7 +5,7 @@
 #   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, those that start
 #                         threads under TSan, and those of the kernels for aarch64 under qemu
 #   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64,
-#                         replay checked in full
+#                         replay checked in full, the fuzzers for 30 seconds each
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
 set -euo pipefail
@@ -88,6 +88,9 @@ if [ "$full" = yes ]; then
   build release replay
   "$python" tests/replay/check_replay.py build/release/bench/replay --dtypes f32,f16,bf16
   passed+=("replay: every case, in f32, f16 and bf16")
+  printf '\n== fuzzers\n'
+  tests/fuzz/run.sh 30
+  passed+=("fuzzers: 30 seconds each")
 fi
 
 printf '\n== passed\n'

@@ -11,6 +11,7 @@ thread_local constinit std::size_t allocations_until_failure = 0;
 
 // The size stands before the block, so that a delete without size can subtract it.
 void* counted_new(std::size_t size, std::size_t alignment) {
+  counted.wanted_bytes += size;
   const std::size_t header = alignment < 2 * sizeof(std::size_t) ? 2 * sizeof(std::size_t) : alignment;
   const std::size_t total = (header + size + alignment - 1) / alignment * alignment;
   if (total < size) throw std::bad_alloc();

@@ -10,6 +10,8 @@ namespace kvsparse_tools {
 struct AllocationCount {
   std::size_t allocations = 0;
   std::size_t deallocations = 0;
+  /// Asked for in all, also where it was refused.
+  std::size_t wanted_bytes = 0;
   /// Allocated less given back. Wraps around when this thread gives back what others took: differences stay right.
   std::size_t live_bytes = 0;
 };

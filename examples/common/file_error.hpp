@@ -2,6 +2,8 @@
 // The one exception of the tools for input that cannot be used, and the helpers that word its sentence.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -18,14 +20,34 @@ class FileError : public std::runtime_error {
       : std::runtime_error(file.string() + ": " + problem) {}
 };
 
-/// Text from an untrusted file, fit for one line of a terminal: quoted, shortened, without control characters.
+/// Bytes of the printable character that `text` begins with; 0 for a control character and for what is not UTF-8.
+inline std::size_t printable_character_bytes(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U; };
+  const unsigned lead = byte(0);
+  if (lead < 0x80) return lead >= 0x20 && lead != 0x7f ? 1 : 0;
+  if (lead < 0xc2 || lead > 0xf4) return 0;
+  const std::size_t bytes = lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+  for (std::size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0U) != 0x80) return 0;
+  }
+  // The second byte tells control characters, overlong forms, surrogates and what lies beyond Unicode.
+  const unsigned least = lead == 0xc2 || lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+  const unsigned most = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+  return byte(1) >= least && byte(1) <= most ? bytes : 0;
+}
+
+/// Text from an untrusted file, fit for one line of a terminal: quoted, cut to `longest` bytes, with a '?' for each
+/// byte that is of no printable character.
 inline std::string in_quotes(std::string_view text, std::size_t longest = 80) {
   std::string out = "'";
-  for (const char c : text.substr(0, longest)) {
-    const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
-    out += control ? '?' : c;
+  std::size_t at = 0;
+  while (at < text.size()) {
+    const std::size_t bytes = printable_character_bytes(text.substr(at, 4));
+    if (at + std::max<std::size_t>(bytes, 1) > longest) break;
+    out += bytes == 0 ? "?" : text.substr(at, bytes);
+    at += std::max<std::size_t>(bytes, 1);
   }
-  return out + (text.size() > longest ? "...'" : "'");
+  return out + (at < text.size() ? "...'" : "'");
 }
 
 /// Size of a regular file; anything else (missing, a directory, a device) is refused.

@@ -60,10 +60,14 @@ inline std::optional<std::uint64_t> dtype_bytes(std::string_view dtype) {
 
 using TensorShape = std::vector<std::uint64_t>;
 
+/// At most the first eight extents: the file says how many there are.
 inline std::string shape_text(const TensorShape& shape) {
+  constexpr std::size_t most = 8;
   std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
+  for (std::size_t i = 0; i < std::min(shape.size(), most); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  }
+  return text + (shape.size() > most ? ", ...]" : "]");
 }
 
 /// a * b, or nothing when it does not fit in 64 bits.

@@ -152,7 +152,9 @@ void ByteLevelTokenizer::read_template(const JsonFields& processor) {
     }
     const JsonFields special(part.required("SpecialToken"), file_, "a SpecialToken of post_processor");
     const JsonFields known(processor.required_object("special_tokens"), file_, "special_tokens of post_processor");
-    const JsonFields token(known.required(special.required_text("id")), file_, "a special token of post_processor");
+    const std::string name = special.required_text("id");
+    if (known.find(name) == nullptr) known.fail("has no " + in_quotes(name));
+    const JsonFields token(known.required(name), file_, "a special token of post_processor");
     for (const nlohmann::json& id : token.array("ids")) {
       const auto refuse = [&] { token.refuse("ids", id, "the id of one of its words was expected"); };
       if (!id.is_number_unsigned() || id.get<std::uint64_t>() > UINT32_MAX) refuse();

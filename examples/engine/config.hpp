@@ -121,7 +121,10 @@ inline ModelConfig load_model_config(const std::filesystem::path& directory) {
   }
   config.max_positions = fields.size("max_position_embeddings").value_or(0);
   detail::read_rope(fields, json, file, config);
-  config.rms_norm_eps = static_cast<float>(fields.positive_number("rms_norm_eps").value_or(1e-6));
+  if (const std::string problem = config.rope.problem(config.head_dim); !problem.empty()) fields.fail(problem);
+  const double rms_norm_eps = fields.positive_number("rms_norm_eps").value_or(1e-6);
+  if (rms_norm_eps > 1.0) fields.fail("rms_norm_eps is " + std::to_string(rms_norm_eps) + ", the limit is 1");
+  config.rms_norm_eps = static_cast<float>(rms_norm_eps);
   config.tied_embeddings = fields.flag("tie_word_embeddings", false);
   const bool attention_bias = config.model_type == "llama" && fields.flag("attention_bias", false);
   config.qkv_bias = config.model_type == "qwen2" || attention_bias;

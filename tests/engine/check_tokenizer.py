@@ -392,7 +392,7 @@ def check_refusals(binary, root):
         ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
         (template([special_place]), "no place"),
         (template([text_place, text_place]), "two places"),
-        (template([{"SpecialToken": {"id": "y"}}, text_place]), "has no y"),
+        (template([{"SpecialToken": {"id": "y"}}, text_place]), "has no 'y'"),
         (template([special_place, text_place], ids=[10**6]), "ids"),
         (template([special_place, text_place], ids=["x"]), "ids"),
         ({"decoder": {"type": "Metaspace"}}, "Metaspace"),
