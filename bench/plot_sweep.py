@@ -28,17 +28,20 @@ LOOKS = {
     "key_norm": ("KeyNorm", GREEN, "d", False),
     "key_diff": ("KeyDiff", BLUE, "d", False),
     "value_aware": ("ValueAware", BROWN, "h", False),
+    "clustered": ("Clustered", SKY, "s", False),
+    "streaming_sketch": ("StreamingSketch", YELLOW, "p", False),
     "quest": ("Quest", SKY, "o", True),
     "hash_attention": ("HashAttention", RED, ">", False),
     "hierarchical_top_k": ("HiP", ORANGE, "<", False),
-    "half_space": ("HalfSpace", GREEN, "8", False),
+    "half_space": ("HalfSpace, no budget", GREEN, "8", False),
+    "certified": ("Certified, no budget", PINK, "<", False),
 }
 SPARE_LOOKS = tuple((colour, marker, False) for marker in "^v<>" for colour in (RED, BLUE, GREEN, PINK, BROWN, YELLOW))
-COLUMNS = ("policy", "budget_tokens", "read_budget_tokens", "refused", "share", "mean_error", "evicted_tokens")
+COLUMNS = ("policy", "budget_tokens", "share", "mean_error", "evicted_tokens")
 
 
 def read_points(path):
-    """{policy: [(budget, share, error, selects only)]} by budget, in the file's order; shares and errors that are
+    """{policy: [(budget, share, error, tokens evicted)]} by budget, in the file's order; shares and errors that are
     missing are NaN. Dense, which has no budget, is left out."""
     policies = {}
     try:
@@ -52,7 +55,7 @@ def read_points(path):
                     continue
                 try:
                     share, error = (float(record[column] or "nan") for column in ("share", "mean_error"))
-                    point = (int(record["budget_tokens"]), share, error, bool(record["read_budget_tokens"]))
+                    point = (int(record["budget_tokens"]), share, error, int(record["evicted_tokens"] or 0))
                 except (TypeError, ValueError):
                     raise InputError(f"{path}:{reader.line_num}: a column holds no number") from None
                 policies.setdefault(record["policy"], []).append(point)
@@ -71,7 +74,7 @@ def draw_lines(axes, policies, value):
     for number, (policy, points) in enumerate(policies.items()):
         label, colour, marker, filled = look_of(policy, number)
         marks_an_end = policy in CEILINGS or policy == FLOOR
-        only_selects = points[0][3] and "+" not in policy
+        only_selects = not any(point[3] for point in points)
         axes.plot([point[0] for point in points], [value(point) for point in points], label=label, color=colour,
                   marker=marker, markersize=9 if marker == "*" else 6, markerfacecolor=colour if filled else "white",
                   linewidth=2.6 if marks_an_end else 1.3, linestyle="--" if only_selects else "-",

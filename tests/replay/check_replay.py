@@ -974,7 +974,8 @@ def clairvoyant(checker):
                 rows = [row for row in csv.DictReader(file) if not row["refused"] and row["policy"] != "dense"]
             share = {(row["policy"], row["budget_tokens"]): float(row["share"]) for row in rows}
             for row in rows:
-                for ceiling in [] if row["read_budget_tokens"] else ["clairvoyant"] + ["oracle"] * (seed == 0):
+                selects_only = row["read_budget_tokens"] and row["evicted_tokens"] == "0"
+                for ceiling in [] if selects_only else ["clairvoyant"] + ["oracle"] * (seed == 0):
                     most = share[ceiling, row["budget_tokens"]]
                     checker.check(float(row["share"]) <= most + 1e-6,
                                   f"{trace.name}: {row['policy']} at {row['budget_tokens']} is not above {ceiling}",
