@@ -808,5 +808,19 @@ TEST(ExactAttentionOracle, OfNoTokensIsZeroWithMinusInfinity) {
   EXPECT_EQ(exact.log_sum_exp, -std::numeric_limits<double>::infinity());
 }
 
+TEST(ExactAttentionOracle, OfLogitsThatAreNoNumbersIsNone) {
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> q(1, 1.0F), value(1, 1.0F);
+  for (const std::vector<float>& keys : {std::vector{nan}, std::vector{nan, nan}, std::vector{nan, -infinity},
+                                         std::vector{-infinity, nan}, std::vector{1.0F, nan}, std::vector{infinity}}) {
+    const ExactAttention exact = exact_attention(
+        std::span<const float>(q), keys.size(), [&](std::size_t t) { return std::span<const float>(&keys[t], 1); },
+        [&](std::size_t) { return std::span<const float>(value); }, 1.0);
+    EXPECT_TRUE(std::isnan(exact.out[0])) << keys.size() << " keys, the first " << keys[0];
+    EXPECT_TRUE(std::isnan(exact.log_sum_exp));
+  }
+}
+
 }  // namespace
 }  // namespace kvsparse_test

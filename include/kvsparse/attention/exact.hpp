@@ -47,7 +47,7 @@ ExactAttention exact_attention(std::span<const float> q, std::size_t tokens, Key
     logit -= logits.alibi_slope * static_cast<double>(distance);
     if (logits.window > 0 && distance >= logits.window) logit = -std::numeric_limits<double>::infinity();
     result.weights[t] = logit;
-    if (logit > max) max = logit;
+    if (logit > max || std::isnan(logit)) max = logit;  // and NaN it stays
   }
   if (max == -std::numeric_limits<double>::infinity()) {  // nothing to attend to
     result.weights.assign(tokens, 0.0);
