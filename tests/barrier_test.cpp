@@ -13,7 +13,6 @@
 
 #include "engine/named_cache.hpp"
 #include "support/random_trace.hpp"
-#include "support/zoo_cache.hpp"
 
 namespace kvsparse_test {
 namespace {
@@ -49,13 +48,9 @@ kvsparse::AnyCache cache_of(const std::string& policy) {
   config.page_size = 4;
   config.budget_tokens = config.read_budget_tokens = budget;
   config.max_tokens = tokens;
-  const std::vector<std::string> named = kvsparse::policy_names();
-  if (std::find(named.begin(), named.end(), policy) == named.end()) {
-    std::vector<kvsparse::OptionSetting> settings;
-    if (policy == "r_kv") settings.push_back({"period", "16"});  // by default more than the budget
-    return zoo_cache(policy, kvsparse::ScalarType::f32, config, settings);
-  }
-  return kvsparse_tools::named_cache(policy, kvsparse::ScalarType::f32, config, {});
+  std::vector<kvsparse::OptionSetting> settings;
+  if (policy == "r_kv") settings.push_back({"period", "16"});  // by default more than the budget
+  return kvsparse_tools::named_cache(policy, kvsparse::ScalarType::f32, config, settings);
 }
 
 /// The positions behind the prompt and before the middle whose value comes back when their key is asked for at the end.
@@ -86,7 +81,7 @@ std::set<std::size_t> found_by(const std::string& policy, const Stream& stream) 
 constexpr std::size_t askable = tokens / 2 - prompt;
 
 TEST(CompressionBarrier, EveryPolicyOfBoundedMemoryLosesSomePosition) {
-  std::vector<std::string> evictors = zoo_evictors();
+  std::vector<std::string> evictors;
   for (const std::string& name : kvsparse::policy_names()) {
     if (kvsparse::policy_facts(name).evicts) evictors.push_back(name);
   }

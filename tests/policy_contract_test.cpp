@@ -564,7 +564,8 @@ struct EveryOtherToken {
 
 TEST(PolicyContract, BitsOfATokenMaskBehindThePagesTokensAreNoTokens) {
   for (const std::size_t page_size : {4U, 64U, 70U, 128U}) {
-    kvsparse::PagedKvCache<EveryOtherToken> cache({.head_dim = 1, .page_size = page_size, .max_tokens = 200});
+    kvsparse::PagedKvCache<EveryOtherToken> cache(
+        {.head_dim = 1, .page_size = page_size, .read_budget_tokens = page_size, .max_tokens = 200});
     const std::vector<float> rows(150, 1.0F);
     std::vector<float> out(1);
     ASSERT_TRUE(cache.append_prompt(std::span<const float>(rows), std::span<const float>(rows)).ok());

@@ -23,6 +23,7 @@
 #include "engine/named_cache.hpp"
 #include "kvsparse/attention/exact.hpp"
 #include "kvsparse/interop/snapshot.hpp"
+#include "support/policy_kinds.hpp"
 #include "support/random_trace.hpp"
 #include "support/test_settings.hpp"
 
@@ -292,6 +293,7 @@ class Soak {
     for (PageOfStep& page : pages_) page.mass /= sum;
   }
   void expect_the_exact_answer() const {
+    if (answers_for_the_gone(policy_)) return;  // residual_test knows what they answer
     const std::vector<Position> read = cache_.read_positions(0);
     const auto key = [&](std::size_t i) { return rows.k(read[i].value); };
     const auto value = [&](std::size_t i) { return rows.v(read[i].value); };

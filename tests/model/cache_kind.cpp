@@ -69,7 +69,7 @@ CacheKind try_kind(std::string_view policy, ScalarType scalar, const PoolShape& 
   const auto is_any_of = [&](std::initializer_list<std::string_view> parts) {
     return std::any_of(parts.begin(), parts.end(), [&](std::string_view part) { return has_part(policy, part); });
   };
-  kind.reads_as_needed = is_any_of({"half_space", "certified", "token_witness"});
+  kind.reads_as_needed = is_any_of({"half_space", "certified", "clustered", "token_witness"});
   kind.reads_newest = !is_any_of({"oracle"});
   kind.sink_pages = is_any_of({"value_aware"}) ? 1 : 0;
   kind.answers_for_gone = is_any_of({"clustered", "streaming_sketch"});

@@ -84,7 +84,6 @@ std::vector<int> TestCache::resident(std::size_t kv_head) const {
 std::vector<int> TestCache::read(std::size_t kv_head) const { return numbers(hidden_->cache.read_positions(kv_head)); }
 
 std::vector<std::string> policy_names() { return kvsparse::policy_names(); }
-bool aims_below_budget(std::string_view policy) { return policy == "lazy_eviction" || policy == "r_kv"; }
 bool policy_evicts(std::string_view name) { return kvsparse::policy_facts(name).evicts; }
 bool policy_selects(std::string_view name) { return kvsparse::policy_facts(name).selects; }
 kvsparse::ScalarType scalar_type(std::string_view name) { return kvsparse::scalar_type(name); }

@@ -15,14 +15,11 @@
 #include "kvsparse/core/scalar.hpp"
 #include "kvsparse/core/views.hpp"
 #include "kvsparse/policy/options.hpp"
+#include "policy_kinds.hpp"
 
 namespace kvsparse_test {
 
 using Settings = std::vector<kvsparse::OptionSetting>;
-
-/// Whether a policy trims to some tokens below its budget, `small_lag` of them here.
-bool aims_below_budget(std::string_view policy);
-inline constexpr std::size_t small_lag = 2;
 
 /// A cache under the policy's own options, but for the periods of those that aim below their budget: the published ones
 /// are longer than the budgets of tests.
