@@ -116,16 +116,25 @@ CacheFacts cache_facts(const CacheConfig& config, const Policy& policy) {
   return facts;
 }
 
+/// What a snapshot states, fit for a sentence: true facts are printable and, but for lists of many heads, short.
+inline std::string shown_fact(std::string_view text) {
+  constexpr std::size_t longest = 400;
+  std::string shown;
+  for (const char c : text.substr(0, longest)) shown += c >= ' ' && c <= '~' ? c : '?';
+  return shown + (text.size() > longest ? "..." : "");
+}
+
 /// How the facts of a snapshot differ from those of the cache that is to continue from it: a sentence about the first
 /// difference, empty if there is none.
 inline std::string difference(const CacheFacts& snapshot, const CacheFacts& cache) {
   for (std::size_t i = 0; i < snapshot.size() && i < cache.size(); ++i) {
     if (snapshot[i] == cache[i]) continue;
     if (snapshot[i].name == cache[i].name) {
-      return cache[i].name + " is " + snapshot[i].value + " in the snapshot and " + cache[i].value + " here";
+      return cache[i].name + " is " + shown_fact(snapshot[i].value) + " in the snapshot and " + cache[i].value +
+             " here";
     }
-    return "the snapshot says " + snapshot[i].name + " = " + snapshot[i].value + " where this cache has " +
-           cache[i].name + " = " + cache[i].value;
+    return "the snapshot says " + shown_fact(snapshot[i].name) + " = " + shown_fact(snapshot[i].value) +
+           " where this cache has " + cache[i].name + " = " + cache[i].value;
   }
   if (snapshot.size() == cache.size()) return {};
   return "the snapshot states " + fact_text(snapshot.size()) + " facts and this cache " + fact_text(cache.size());
