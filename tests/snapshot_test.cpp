@@ -704,5 +704,17 @@ TEST(SnapshotStreams, AFailingReadChangesNothing) {
   EXPECT_THROW(load(cache, empty), SnapshotError);
 }
 
+TEST(SnapshotFacts, AreShownInPrintableCharactersAndNotAtAnyLength) {
+  using Facts = detail::CacheFacts;
+  const Facts here{{"policy", "raas"}};
+  const std::string strange = std::string("\x1b[2J\n\0\xff", 7) + std::string(100'000, 'x');
+  for (const Facts& facts : {Facts{{"policy", strange}}, Facts{{strange, std::string(100'000, '\t')}}}) {
+    const std::string sentence = detail::difference(facts, here);
+    EXPECT_LT(sentence.size(), 1000U);
+    EXPECT_NE(sentence.find("raas"), std::string::npos) << "what is expected is told";
+    for (const char c : sentence) EXPECT_TRUE(c >= ' ' && c <= '~') << static_cast<int>(c);
+  }
+}
+
 }  // namespace
 }  // namespace kvsparse_test
