@@ -13,6 +13,7 @@
 
 #include "kvsparse/attention/exact.hpp"
 #include "model_world.hpp"
+#include "support/padding.hpp"
 #include "witness.hpp"
 
 namespace kvsparse_test {
@@ -74,6 +75,10 @@ ModelWorld::Footprint ModelWorld::footprint_of(const detail::LayerImage& image) 
   detail::LayerImage without_peaks = image;
   std::size_t none = 0;
   without_peaks.peak_resident_tokens = without_peaks.peak_resident_pages = without_peaks.evicted_shared_pages = &none;
+  if constexpr (!padding_is_cleared) {  // what a policy knows then shows in its answers alone
+    without_peaks.layer_state = {};
+    for (detail::HeadImage& head : without_peaks.heads) head.state = head.page_states = {};
+  }
   ByteCollector collector(footprint.state);
   detail::write_state(without_peaks, collector);
   footprint.beside = {*image.peak_resident_tokens, *image.peak_resident_pages, *image.evicted_shared_pages,
