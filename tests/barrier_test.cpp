@@ -87,7 +87,7 @@ TEST(CompressionBarrier, EveryPolicyOfBoundedMemoryLosesSomePosition) {
   }
   EXPECT_GT(evictors.size(), 12U);
   for (const std::string& policy : evictors) {
-    for (const std::uint64_t seed : {1, 2}) {
+    for (const std::uint64_t seed : {1U, 2U}) {
       EXPECT_LE(found_by(policy, Stream(seed)).size(), budget) << policy;
     }
   }
@@ -95,7 +95,7 @@ TEST(CompressionBarrier, EveryPolicyOfBoundedMemoryLosesSomePosition) {
 
 TEST(CompressionBarrier, WhoKeepsEverythingFindsEveryPosition) {
   for (const std::string policy : {"dense", "quest", "certified", "oracle"}) {
-    for (const std::uint64_t seed : {1, 2}) {
+    for (const std::uint64_t seed : {1U, 2U}) {
       EXPECT_EQ(found_by(policy, Stream(seed)).size(), askable) << policy;
     }
   }
