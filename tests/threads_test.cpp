@@ -24,6 +24,13 @@
 #include "kvsparse/kvsparse.hpp"
 #include "support/rows.hpp"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+// LLVM's OpenMP runtime has memory of its threads until the process ends.
+extern "C" const char* __lsan_default_suppressions() { return "leak:libomp"; }
+#endif
+#endif
+
 namespace kvsparse_test {
 namespace {
 
