@@ -17,6 +17,7 @@
 #include "kvsparse/interop/eigen_executor.hpp"
 #include "kvsparse/interop/page_lists.hpp"
 #include "kvsparse/interop/thread_team.hpp"
+#include "support/policy_kinds.hpp"
 #include "support/random_trace.hpp"
 
 namespace kvsparse_test {
@@ -51,10 +52,7 @@ void for_every_cache(Visit&& visit) {
   using Settings = std::vector<OptionSetting>;
   for (const std::string& policy : policy_names()) {
     const std::vector<std::string> keys = policy_facts(policy).option_keys;
-    std::vector<Settings> variants(1);
-    for (const std::string& key : keys) {  // a page size may be 1, and the budget is of 6 pages
-      if (key == "window" || key == "period") variants[0].push_back({key, "2"});
-    }
+    std::vector<Settings> variants{short_periods(keys, 2)};  // a page size may be 1, and the budget is of 6 pages
     const Settings options{{"evidence", "quest_bound"}, {"pool", "query_head"}, {"over", "prompt"}, {"used", "rank"}};
     for (const OptionSetting& option : options) {
       if (std::find(keys.begin(), keys.end(), option.key) != keys.end()) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kvsparse/cache/any_cache.hpp"
+#include "support/refusal.hpp"
 #include "support/rows.hpp"
 #include "support/test_cache.hpp"
 
@@ -78,16 +79,6 @@ std::vector<float> run(Cache& cache, const Rows& rows) {
     outputs.insert(outputs.end(), out.begin(), out.end());
   }
   return outputs;
-}
-
-template <class Make>
-std::string refusal(Make&& make) {
-  try {
-    make();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "not refused";
 }
 
 TEST(AnyCacheOf, HoldsAPolicyThatIsNotInTheNameTable) {

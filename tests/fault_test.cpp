@@ -59,13 +59,8 @@ const Rows& rows() {
   static const Rows of_all(8 * page_size, config_of(), 1);
   return of_all;
 }
-/// Options that policies need for so small a budget.
 std::vector<OptionSetting> settings_of(std::string_view policy) {
-  std::vector<OptionSetting> settings;
-  for (const std::string& key : policy_facts(policy).option_keys) {
-    if (key == "window" || key == "period") settings.push_back({key, "2"});
-  }
-  return settings;
+  return short_periods(policy_facts(policy).option_keys, 2);
 }
 AnyCache make_cache(std::string_view policy, ScalarType scalar) {
   return named_cache(policy, scalar, config_of(), settings_of(policy));

@@ -14,6 +14,7 @@
 #include "kvsparse/cache/sequence_cache.hpp"
 #include "kvsparse/cache/sequence_table.hpp"
 #include "kvsparse/kvsparse.hpp"
+#include "support/refusal.hpp"
 #include "support/rows.hpp"
 
 namespace kvsparse_test {
@@ -48,16 +49,6 @@ Rows rows_of(std::size_t layer, std::size_t tokens = 60) { return Rows(tokens, s
 
 TokenRows<const float> chunk(const std::vector<float>& rows, std::size_t first, std::size_t tokens) {
   return TokenRows<const float>(rows.data() + first * 12, tokens, 2, 6);
-}
-
-template <class Refusing>
-std::string refusal(Refusing&& refusing) {
-  try {
-    refusing();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "not refused";
 }
 
 // --- the sequence ---

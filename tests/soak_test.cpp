@@ -44,14 +44,6 @@ CacheConfig config_of() {
   config.max_tokens = 16 * page_size;
   return config;
 }
-/// Options that policies need for so small a budget.
-std::vector<OptionSetting> settings_of(const std::vector<std::string>& keys) {
-  std::vector<OptionSetting> settings;
-  for (const std::string& key : keys) {
-    if (key == "window" || key == "period") settings.push_back({key, "5"});
-  }
-  return settings;
-}
 
 /// The rows of any position, without remembering one: two stocks of coprime lengths.
 class EndlessRows {
@@ -172,7 +164,7 @@ class Soak {
   explicit Soak(std::string_view policy)
       : policy_(policy),
         facts_(policy_facts(policy)),
-        cache_(named_cache(policy, ScalarType::f32, config_of(), settings_of(facts_.option_keys))),
+        cache_(named_cache(policy, ScalarType::f32, config_of(), short_periods(facts_.option_keys, 5))),
         image_(detail::ImageAccess::of(cache_)),
         recomputed_(recomputed_state(policy)) {}
 
@@ -213,7 +205,7 @@ class Soak {
     image_.next->value += shift;
     *head.evictions += static_cast<std::uint64_t>(shift) / page_size;
     *head.counters[0] += static_cast<std::size_t>(shift);
-    AnyCache other = named_cache(policy_, ScalarType::f32, config_of(), settings_of(facts_.option_keys));
+    AnyCache other = named_cache(policy_, ScalarType::f32, config_of(), short_periods(facts_.option_keys, 5));
     load_into(other);
     cache_ = std::move(other);
     image_ = detail::ImageAccess::of(cache_);
@@ -247,7 +239,7 @@ class Soak {
   }
   /// One that was stopped and loaded decides and answers as the one that ran on.
   void expect_a_restart_to_go_on_alike() {
-    AnyCache other = named_cache(policy_, ScalarType::f32, config_of(), settings_of(facts_.option_keys));
+    AnyCache other = named_cache(policy_, ScalarType::f32, config_of(), short_periods(facts_.option_keys, 5));
     load_into(other);
     std::vector<float> out(head_dim), of_other(head_dim);
     for (int t = 0; t < 100 && (facts_.evicts || static_cast<std::size_t>(length()) < config_of().max_tokens); ++t) {

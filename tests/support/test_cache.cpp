@@ -17,10 +17,7 @@ struct TestCache::Hidden {
 namespace {
 Settings with_small_periods(std::string_view policy, const Settings& settings) {
   Settings result;
-  for (const std::string& key : kvsparse::policy_facts(policy).option_keys) {
-    if (aims_below_budget(policy) && (key == "window" || key == "period"))
-      result.push_back({key, std::to_string(small_lag)});
-  }
+  if (aims_below_budget(policy)) result = short_periods(kvsparse::policy_facts(policy).option_keys, small_lag);
   result.insert(result.end(), settings.begin(), settings.end());
   return result;
 }
