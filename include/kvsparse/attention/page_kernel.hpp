@@ -403,6 +403,7 @@ void attend_pages(const PagedKv<Key, Value>& kv, std::span<const PageRead> reads
                                     states.data() + q, tap.from(0, q));
       q += Queries;
     };
+    // NOLINTNEXTLINE(bugprone-infinite-loop): block advances q.
     while (group - q >= 4) block.template operator()<4>();
     if (group - q >= 2) block.template operator()<2>();
     if (group - q >= 1) block.template operator()<1>();

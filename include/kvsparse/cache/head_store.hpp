@@ -78,10 +78,10 @@ struct HeadStore {
   HeadView<Policy> view(HeadPages::Storage of_layer, Position end, bool has_open_page) {
     of_layer.table = &table;
     of_layer.evictions = evictions;
-    of_layer.scratch = scratch;
-    of_layer.padded_queries = padded_queries;
-    of_layer.query_window = query_window;
-    of_layer.queries_seen = queries_seen;
+    of_layer.scratch = scratch_;
+    of_layer.padded_queries = padded_queries_;
+    of_layer.query_window = query_window_;
+    of_layer.queries_seen = queries_seen_;
     const HeadPages pages(of_layer, end, has_open_page);
     return {pages, page_states.data(), sizeof(PageState<Policy>), &state};
   }
@@ -127,18 +127,19 @@ struct HeadStore {
     table.clear();
     state = {};
     query_end = {};
-    std::fill(query_window.begin(), query_window.end(), 0.0F);  // a snapshot would tell what the sequence before asked
+    // Else a snapshot would tell what the sequence before asked.
+    std::fill(query_window_.begin(), query_window_.end(), 0.0F);
     evictions = 0;
-    evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen = 0;
+    evicted_tokens = read_count = read_tokens = skipped_tokens = queries_seen_ = 0;
   }
 
   HeadImage image() {
     return {&table,
             StatesImage::of(std::span(page_states)),
             StatesImage::of(std::span(&state, 1)),
-            std::as_writable_bytes(std::span(query_window)),
+            std::as_writable_bytes(std::span(query_window_)),
             &evictions,
-            {&evicted_tokens, &read_tokens, &skipped_tokens, &queries_seen},
+            {&evicted_tokens, &read_tokens, &skipped_tokens, &queries_seen_},
             &query_end};
   }
 
@@ -151,8 +152,8 @@ struct HeadStore {
     read_count = read_tokens = 0;
     skipped_tokens = table.resident_tokens();  // less the pages that record() sees, so that nothing walks all pages
     std::fill(was_read_.begin(), was_read_.end(), std::uint8_t{0});
-    if (!mass.empty()) std::fill_n(mass.begin(), table.size() * group, -1.0F);
-    if (!read_masks.empty()) std::fill(read_masks.begin(), read_masks.end(), std::uint64_t{0});
+    if (!mass_.empty()) std::fill_n(mass_.begin(), table.size() * group, -1.0F);
+    if (!read_masks_.empty()) std::fill(read_masks_.begin(), read_masks_.end(), std::uint64_t{0});
   }
 
   /// Pages that the running query may see.
@@ -193,36 +194,37 @@ struct HeadStore {
   }
 
   PageTap tap(std::size_t queries, std::size_t page_size) {
-    if (mass.empty()) return {};
-    return {page_max.data(), page_sum.data(), token_logits.empty() ? nullptr : token_logits.data(), queries, page_size};
+    if (mass_.empty()) return {};
+    return {page_max_.data(), page_sum_.data(), token_logits_.empty() ? nullptr : token_logits_.data(), queries,
+            page_size};
   }
 
   /// Once all reads of a query, or of a tile's queries, are in the tap: page_max becomes exp(page_max - max). A page's
   /// share is that times its sum, divided by the whole sum.
   void weigh_pages(std::span<const SoftmaxState> states, std::size_t pages) {
-    if (mass.empty()) return;
+    if (mass_.empty()) return;
     const std::size_t queries = states.size();
     const std::size_t count = pages * queries;
     for (std::size_t q = 0; q < queries; ++q) {
-      for (std::size_t i = q; i < count; i += queries) page_max[i] -= states[q].max;
+      for (std::size_t i = q; i < count; i += queries) page_max_[i] -= states[q].max;
     }
     for (std::size_t i = 0; i < count; i += simd::lanes) {
-      simd::store(page_max.data() + i, simd::exp_nonpositive(simd::load(page_max.data() + i)));
+      simd::store(page_max_.data() + i, simd::exp_nonpositive(simd::load(page_max_.data() + i)));
     }
   }
 
   /// Evidence of the selected reads, whose pages are weighed; tap: of the first of these queries.
   void record(std::size_t first_query, std::span<const SoftmaxState> states, std::size_t group, const PageTap& tap) {
     mark_read();
-    if (mass.empty()) return;
+    if (mass_.empty()) return;
     for (std::size_t q = 0; q < states.size(); ++q) {
-      log_sum_exp[first_query + q] = states[q].log_sum_exp();
+      log_sum_exp_[first_query + q] = states[q].log_sum_exp();
       const float inverse = 1.0F / states[q].sum;
       for (std::size_t r = 0; r < read_count; ++r) {
         const std::size_t of_tap = r * tap.queries + q;
-        mass[reads[r].index.value * group + first_query + q] = tap.page_max[of_tap] * tap.page_sum[of_tap] * inverse;
+        mass_[reads[r].index.value * group + first_query + q] = tap.page_max[of_tap] * tap.page_sum[of_tap] * inverse;
       }
-      if (!largest_token.empty() || !token_weights.empty()) record_tokens(q, first_query + q, states[q], group, tap);
+      if (!largest_token_.empty() || !token_weights_.empty()) record_tokens(q, first_query + q, states[q], group, tap);
     }
   }
 
@@ -230,23 +232,24 @@ struct HeadStore {
   void record_masses(std::size_t first_query, std::span<const float> masses, std::span<const float> lse,
                      std::size_t group) {
     mark_read();
-    if (mass.empty()) return;
-    std::copy(lse.begin(), lse.end(), log_sum_exp.begin() + static_cast<std::ptrdiff_t>(first_query));
+    if (mass_.empty()) return;
+    std::copy(lse.begin(), lse.end(), log_sum_exp_.begin() + static_cast<std::ptrdiff_t>(first_query));
     for (std::size_t r = 0; r < read_count; ++r) {
-      std::copy_n(masses.data() + r * lse.size(), lse.size(), mass.data() + reads[r].index.value * group + first_query);
+      std::copy_n(masses.data() + r * lse.size(), lse.size(),
+                  mass_.data() + reads[r].index.value * group + first_query);
     }
   }
 
   void finish_query(QueryGroup group) {
-    if (!read_masks.empty()) count_skipped_tokens();
+    if (!read_masks_.empty()) count_skipped_tokens();
     remember_query(group);
   }
   void remember_query(const QueryGroup& group) {
-    if (query_window.empty()) return;
+    if (query_window_.empty()) return;
     const std::size_t row = group.size * group.head_dim;
-    float* at = query_window.data() + (queries_seen % (query_window.size() / row)) * row;
+    float* at = query_window_.data() + (queries_seen_ % (query_window_.size() / row)) * row;
     for (std::size_t q = 0; q < group.size; ++q) at = std::copy(group[q].begin(), group[q].end(), at);
-    ++queries_seen;
+    ++queries_seen_;
   }
 
   /// Which tokens the latest query read is not known any more, only how many.
@@ -262,21 +265,21 @@ struct HeadStore {
 
   /// For a journal: mass, largest token, token weights, log-sum-exp, each at the place it has when all pages are there.
   void copy_evidence(std::span<float> to) const {
-    const std::size_t group = log_sum_exp.size();
-    for (const std::vector<float>* array : {&mass, &largest_token, &token_weights}) {
+    const std::size_t group = log_sum_exp_.size();
+    for (const std::vector<float>* array : {&mass_, &largest_token_, &token_weights_}) {
       const std::size_t of_page = array->size() / std::max<std::size_t>(1, was_read_.size());
       std::copy_n(array->begin(), table.size() * of_page, to.begin());
       to = to.subspan(array->size());
     }
-    std::copy_n(log_sum_exp.begin(), group, to.begin());
+    std::copy_n(log_sum_exp_.begin(), group, to.begin());
   }
   std::size_t copy_query_window(std::vector<float>& to) const {
-    std::copy(query_window.begin(), query_window.end(), to.begin());
-    return queries_seen;
+    std::copy(query_window_.begin(), query_window_.end(), to.begin());
+    return queries_seen_;
   }
   void set_query_window(const std::vector<float>& from, std::size_t seen) {
-    std::copy(from.begin(), from.end(), query_window.begin());
-    queries_seen = seen;
+    std::copy(from.begin(), from.end(), query_window_.begin());
+    queries_seen_ = seen;
   }
 
   Evidence evidence(QueryGroup group, bool is_prompt, std::size_t page_size) const {
@@ -285,19 +288,19 @@ struct HeadStore {
                      group,
                      visible_pages(),
                      page_size,
-                     mass.data(),
-                     largest_token.empty() ? nullptr : largest_token.data(),
-                     token_weights.empty() ? nullptr : token_weights.data(),
-                     log_sum_exp.data()});
+                     mass_.data(),
+                     largest_token_.empty() ? nullptr : largest_token_.data(),
+                     token_weights_.empty() ? nullptr : token_weights_.data(),
+                     log_sum_exp_.data()});
   }
 
   bool was_read(PageIndex page, Slot slot) const {
     if (page.value >= was_read_.size() || was_read_[page.value] == 0) return false;
     if (first_position_at(page) + slot.value >= query_end) return false;
     if (first_position_at(page) + slot.value < query_first_seen) return false;
-    if (read_masks.empty()) return true;
-    const std::size_t words = read_masks.size() / was_read_.size();
-    return (read_masks[page.value * words + slot.value / 64] >> (slot.value % 64) & 1) != 0;
+    if (read_masks_.empty()) return true;
+    const std::size_t words = read_masks_.size() / was_read_.size();
+    return (read_masks_[page.value * words + slot.value / 64] >> (slot.value % 64) & 1) != 0;
   }
 
   /// The positions of the resident tokens for which keep(page, slot) is true, ascending. Allocates.
@@ -335,28 +338,28 @@ struct HeadStore {
         selection(n.selected, page_size, n.masks > 0),
         reads(n.pages),
         was_read_(n.pages),
-        read_masks(n.masks),
-        mass(n.mass),
-        page_max(n.tap),
-        page_sum(n.tap),
-        largest_token(n.token_mass),
-        token_logits(n.token_weights),
-        token_weights(n.token_weights),
-        log_sum_exp(n.group),
-        scratch(n.scratch),
-        padded_queries(n.padded_queries),
-        query_window(n.query_window) {}
+        read_masks_(n.masks),
+        mass_(n.mass),
+        page_max_(n.tap),
+        page_sum_(n.tap),
+        largest_token_(n.token_mass),
+        token_logits_(n.token_weights),
+        token_weights_(n.token_weights),
+        log_sum_exp_(n.group),
+        scratch_(n.scratch),
+        padded_queries_(n.padded_queries),
+        query_window_(n.query_window) {}
 
   void record_tokens(std::size_t q, std::size_t query_head, const SoftmaxState& softmax, std::size_t group,
                      const PageTap& tap) {
     for (std::size_t r = 0; r < read_count; ++r) {
       const std::size_t of_tap = r * tap.queries + q;
       const std::size_t at = reads[r].index.value * group + query_head;
-      if (!largest_token.empty()) largest_token[at] = tap.page_max[of_tap] / softmax.sum;
-      if (token_weights.empty()) continue;
+      if (!largest_token_.empty()) largest_token_[at] = tap.page_max[of_tap] / softmax.sum;
+      if (token_weights_.empty()) continue;
       const float* logits = tap.token_logits + of_tap * tap.page_size;
       for (std::size_t t = 0; t < reads[r].tokens; ++t) {
-        token_weights[at * tap.page_size + t] = std::exp(logits[t] - softmax.max) / softmax.sum;
+        token_weights_[at * tap.page_size + t] = std::exp(logits[t] - softmax.max) / softmax.sum;
       }
     }
   }
@@ -368,7 +371,7 @@ struct HeadStore {
     return slot <= 64 * word ? 0 : (std::uint64_t{1} << (slot - 64 * word)) - 1;
   }
   void mark_read() {
-    const std::size_t words = read_masks.empty() ? 0 : read_masks.size() / was_read_.size();
+    const std::size_t words = read_masks_.empty() ? 0 : read_masks_.size() / was_read_.size();
     for (std::size_t r = 0; r < read_count; ++r) {
       const PageRead& read = reads[r];
       const std::size_t unseen = tokens_outside_window(read.index);
@@ -377,7 +380,7 @@ struct HeadStore {
       std::size_t tokens = 0;
       for (std::size_t w = 0; w < words; ++w) {
         const std::uint64_t mask = read.token_mask == nullptr ? ~std::uint64_t{0} : read.token_mask[w];
-        read_masks[read.index.value * words + w] |= mask;
+        read_masks_[read.index.value * words + w] |= mask;
         tokens += static_cast<std::size_t>(std::popcount(mask & slots_below(read.tokens, w) & ~slots_below(unseen, w)));
       }
       read_tokens += read.token_mask == nullptr ? read.tokens - unseen : tokens;
@@ -394,19 +397,19 @@ struct HeadStore {
     }
   }
 
-  std::vector<std::uint8_t> was_read_;    // [pages]
-  std::vector<std::uint64_t> read_masks;  // [pages, words], only for token granularity
-  std::vector<float> mass;                // [pages, group]; negative: not visited
-  std::vector<float> page_max;            // [reads, queries], padded to whole vectors
-  std::vector<float> page_sum;
-  std::vector<float> largest_token;  // [pages, group]
-  std::vector<float> token_logits;   // [reads, queries, page_size]
-  std::vector<float> token_weights;  // [pages, group, page_size]
-  std::vector<float> log_sum_exp;    // [group]
-  std::vector<float> scratch;
-  std::vector<float> padded_queries;
-  std::vector<float> query_window;
-  std::size_t queries_seen = 0;
+  std::vector<std::uint8_t> was_read_;     // [pages]
+  std::vector<std::uint64_t> read_masks_;  // [pages, words], only for token granularity
+  std::vector<float> mass_;                // [pages, group]; negative: not visited
+  std::vector<float> page_max_;            // [reads, queries], padded to whole vectors
+  std::vector<float> page_sum_;
+  std::vector<float> largest_token_;  // [pages, group]
+  std::vector<float> token_logits_;   // [reads, queries, page_size]
+  std::vector<float> token_weights_;  // [pages, group, page_size]
+  std::vector<float> log_sum_exp_;    // [group]
+  std::vector<float> scratch_;
+  std::vector<float> padded_queries_;
+  std::vector<float> query_window_;
+  std::size_t queries_seen_ = 0;
 };
 
 }  // namespace kvsparse::detail

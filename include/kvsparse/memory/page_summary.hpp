@@ -47,7 +47,7 @@ class PageSummaries {
   /// Elements of a row: head_dim padded to row_padding.
   std::size_t row_stride() const { return row_stride_; }
   /// The page's lowest and highest elements, [row_stride()] each, one row behind the other.
-  const Scalar* min(PageId page) const { return bounds_.data() + page.value * 2 * row_stride_; }
+  const Scalar* min(PageId page) const { return bounds_.data() + 2 * row_stride_ * page.value; }
   const Scalar* max(PageId page) const { return min(page) + row_stride_; }
   /// [row_stride()] sum of the page's keys.
   const float* sum(PageId page) const { return sums_.data() + page.value * row_stride_; }
@@ -55,7 +55,7 @@ class PageSummaries {
   /// Copies a page's summary from summaries of the same geometry and kind, these or others.
   void copy(const PageSummaries& from, PageId page, PageId to) {
     if (kind_ == PageSummary::min_max) {
-      std::memcpy(static_cast<void*>(bounds_.data() + to.value * 2 * row_stride_), from.min(page),
+      std::memcpy(static_cast<void*>(bounds_.data() + 2 * row_stride_ * to.value), from.min(page),
                   2 * row_stride_ * sizeof(Scalar));
     }
     if (kind_ == PageSummary::mean) {
@@ -74,7 +74,7 @@ class PageSummaries {
       for (std::size_t i = 0; i < row_stride_; ++i) sum[i] = (first ? 0.0F : sum[i]) + simd::widened(key[i]) * scale;
       return;
     }
-    Scalar* lowest = bounds_.data() + page.value * 2 * row_stride_;
+    Scalar* lowest = bounds_.data() + 2 * row_stride_ * page.value;
     Scalar* highest = lowest + row_stride_;
     if constexpr (!std::same_as<Key, Scalar>) {
       for (std::size_t i = 0; i < row_stride_; ++i) {

@@ -88,7 +88,8 @@ struct HierarchicalTopK {
       for (std::size_t q = 0; q < queries.size; ++q) {
         float product = 0.0F;
         for (std::size_t c = 0; c < key.size(); ++c) product += queries[q][c] * key[c];
-        scores[i] = std::max(scores[i], product == product ? product : std::numeric_limits<float>::infinity());
+        if (product != product) product = std::numeric_limits<float>::infinity();
+        scores[i] = std::max(scores[i], product);
       }
     }
     std::copy(scores.begin(), scores.end(), ranked.begin());
