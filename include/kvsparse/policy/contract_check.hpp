@@ -1,6 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compile-time checks of a policy, one sentence for each mistake. The container's template parameter is left plain on
-// purpose: a constrained one would make the compiler print the concept instead of the sentence.
+//
+// clang-format off
+// Compile-time checks of a policy, one sentence for each mistake: look for "kvsparse policy:" in what the compiler prints,
+// before all else. Most sentences end with the line to write.
+//
+//   the sentence says                            because                                          so
+//   the verb ... is called X                     nobody calls that name, however sensible         rename it to X
+//   X has the wrong signature                    not const, another view, another result          write the line it gives
+//   the trait X has the wrong type               as it stands it would count as absent            write the line it gives
+//   the trait X promises a verb that is missing  the trait alone has no effect                    add the verb, or no trait
+//   observe needs evidence                       the kernel tells no one who does not ask         add the trait evidence
+//   trim alone cannot keep the budget            trim comes every `period` steps                  add victim
+//   select_more continues a selection            nothing came before it                           add select
+//   on_step_end, a shared victim, trim: scope    trim is for scope kv_head, the others for layer  set or drop the trait scope
+//   PageState, ... must be trivially copyable    states are moved, forked and saved as bytes      arrays of fixed size, no vector;
+//                                                                                                 head.scratch() for a verb
+//   options cannot be visited                    a member options without visit(field)            name each option in visit
+//   the name is missing                          command lines, messages, snapshots need one      add it: a string_view
+//   a policy is a copyable class, not final      each cache has its own copy                      no unique_ptr, no final
+//   the first, second part of Compose must ...   an evictor comes first, a selector second        swap them, or take others
+//
+// No such sentence: the error lies in a verb's own body, mostly a HeadView of another policy.
+//
+// The container's template parameter is left plain on purpose: a constrained one would make the compiler print the concept
+// instead of the sentence.
+// clang-format on
 #pragma once
 
 #include <concepts>

@@ -1,69 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // clang-format off
-// The policy contract. A policy is a copyable struct; every verb and every trait below is optional, and an absent one means
-// "nothing to do" or the default in parentheses. The container owns all state, calls the verbs, and moves the pages; a policy
-// only decides. Verbs are const members of the policy and take views by value; none may allocate, throw or lock.
+// The policy contract. A policy is a small copyable struct: its verbs decide, its traits say what they need. The container
+// owns all state, calls the verbs and moves the pages. Only `name` is required; what is absent costs nothing. Verbs are const
+// members and take views by value; none may allocate, throw or lock. testing/policy_conformance.hpp tests a policy for all this.
 //
-// State         PageState, HeadState, LayerState   trivially copyable structs; copied, forked and saved by the container.
-//                                                  A page's state is value-initialised before on_page_open.
-// Options       struct Options { ...; void visit(auto&& field) { field("alpha", alpha); ... } } options;
-//               named once here, they are the command line's --set keys and what a snapshot stores. May have
-//               std::string problem() const (a sentence if a value is out of range, else empty) and
-//               bool preset(std::string_view name) with static constexpr std::string_view presets = "a|b".
-//               An enum option's names stand in the policy: static constexpr std::string_view names_of(E) { return "a|b"; }
+// State, Options
+//   PageState, HeadState, LayerState   trivially copyable structs, by default none. A page's is value-initialised when it is
+//                                      opened, all are when the cache is emptied; the container moves, forks, takes back and
+//                                      saves them. With any, or a query_window, truncate() goes back no further than drafts.
+//   struct Options { double alpha = .1; void visit(auto&& field) { field("alpha", alpha); } } options;
+//                                      bools, numbers and enums, named once: command lines set them (--set alpha=.2), snapshots
+//                                      store them. May have std::string problem() const, a sentence if a value is out of range,
+//                                      and bool preset(std::string_view) with static constexpr std::string_view presets = "a|b".
+//                                      Of an enum E the policy has static constexpr std::string_view names_of(E): "a|b" again.
 //
-// Traits        static constexpr members, or (*) const member functions of the same name where an option decides:
-//   name             (required)  std::string_view          the name on command lines
-//   scope            (kv_head)   PolicyScope::layer: all heads of a layer evict the same positions
-//   granularity      (page)      PolicyGranularity::token: select may read part of a page
-//   select_always    (false)     select is called even while the read budget would allow reading everything
-//   selection      * (kv_head)   SelectionScope::query_head: select is called for each query head by itself
-//   evidence       * (none)      EvidenceKind flags: what observe needs from the kernel
-//   query_window   * (0)         recent queries that the container keeps for HeadPages::recent_queries
-//   page_summary   * (none)      PageSummary::min_max or mean
-//   reads_rows       (false)     load_key or load_value is called: an engine that lends no rows cannot serve the policy
-//   knows_logits     (false)     it scores keys as HeadPages::logits() says (MassBounds does), not by dot products alone:
-//                                windows, ALiBi and soft caps are no reason to refuse it
-//   slack_tokens   * (0)         a lagged evictor aims this far below the budget, so that the budget holds between trims
-//   period         * (0)         decode steps between two calls of trim
-//   pin_prompt     * (false)     pages that hold a prompt token are never victims
-//   in_cache_positions * (false) distances count resident tokens alone: a page meets the query rotated back by what was
-//                                evicted after it. For policies that select nothing
+// Verbs: H is HeadView<P> head, L is LayerView<P> layer, of the policy P
+//   verb                               called                                           may                      absent
+//   on_page_open(H, PageIndex)         a page was opened, still empty                   write state              -
+//   on_append(H, PageIndex, Slot)      a token was stored                               write state              -
+//   on_page_full(H, PageIndex)         its last slot was stored                         write state              -
+//   on_prompt_end(H)                   once, before the first decode token              write state              -
+//   on_clear(H)                        the head was emptied                             write state              -
+//   select(H, QueryGroup, Selection&)  a query came, and more pages are resident than   add pages to read, in    all is read
+//                                      read_page_budget()                               part or weighted
+//   select_more(H, QueryGroup,         those pages were read: the softmax so far;       add more pages           they suffice
+//     span<const SoftmaxState>,        again until it adds nothing
+//     Selection&)
+//   residual(H, QueryGroup,            all was read                                     merge what stands for    what is gone
+//     span<SoftmaxState>)                                                               evicted tokens           is gone
+//   observe(H, const Evidence&)        the query attended                               write state              -
+//   on_step_end(L)                     all heads observed (scope layer)                 write state              -
+//   PageIndex victim(H)                a page is to be opened while page_budget() are   write state; name one    all is kept,
+//   PageIndex victim(L)                resident (scope kv_head; scope layer: one page   evictable page, which    to max_tokens
+//                                      index for every head)                            is lost
+//   trim(H, PageList&)                 the prompt ended, and every `period` decode      write state; add evict-  -
+//                                      steps (scope kv_head; needs victim too)          able pages, to be lost
+//   on_evict(H, PageIndex)             a page goes; its rows can still be loaded        write state              -
+//   size_t pinned_pages(const          at construction                                  answer how many first    0
+//     Geometry&)                                                                        pages are no victims
+//   string problem(const Geometry&)    at construction                                  refuse a shape, in a     any shape
+//                                                                                       sentence
+//   PagesUsed pages_used(H)            by stats()                                       count                    NaN in stats()
 //
-// Verbs         P stands for the policy.
-//   on_page_open(HeadView<P>, PageIndex)          a page was opened, still empty: before its first on_append
-//   on_append(HeadView<P>, PageIndex, Slot)       a token was stored
-//   on_page_full(HeadView<P>, PageIndex)          its last slot was stored
-//   on_prompt_end(HeadView<P>)                    once, before the first decode token
-//   on_clear(HeadView<P>)                         the head was emptied and its state value-initialised
-//   select(HeadView<P>, QueryGroup, Selection&)   which resident pages the query reads; loses nothing. Called when more pages
-//                                                 are resident than read_page_budget(); below it everything is read
-//   select_more(HeadView<P>, QueryGroup, std::span<const SoftmaxState>, Selection&)
-//                                                 more pages, given the softmax so far; called until it adds nothing
-//   observe(HeadView<P>, const Evidence&)         after a query attended
-//   on_step_end(LayerView<P>)                     scope layer: after all heads observed, serially
-//   PageIndex victim(HeadView<P>)                 scope kv_head: the page to give up when room is needed; loses data
-//   PageIndex victim(LayerView<P>)                scope layer: the same page index for every head
-//   trim(HeadView<P>, PageList&)                  scope kv_head: many victims, at prompt end and every `period` decode steps
-//   on_evict(HeadView<P>, PageIndex)              before the page's slots are reused; its rows can still be loaded
-//   residual(HeadView<P>, QueryGroup, std::span<SoftmaxState>)
-//                                                 merges what summaries of evicted tokens stand for
-//   std::size_t pinned_pages(const Geometry&)     the first pages of the sequence that are never victims (sinks)
-//   std::string problem(const Geometry&)          a sentence if the policy cannot work on this shape, else empty
-//   PagesUsed pages_used(HeadView<P>)             for stats(): how many of the pages judged were found used
+// Traits: static constexpr members, or (*) const member functions of the same name where an option decides
+//   trait                values: the default first       what it is for, and costs
+//   name                 required                        "my_policy", on command lines
+//   scope                PolicyScope::kv_head, layer     all heads of a layer evict the same positions: one victim for all
+//   granularity          PolicyGranularity::page, token  select may read part of a page: a bit a token; page lists refuse it
+//   select_always        false, true                     select is called below the read budget too: there Dense's bits are lost
+//   selection          * SelectionScope::kv_head,        select is called for each query head by itself: a page may be loaded
+//                        query_head                      once for each of a group
+//   evidence           * EvidenceKind::none, page_mass,  what observe needs; | joins them. page_mass, largest_token_mass: some
+//                        largest_token_mass,             floats a page and query head; token_weights: page_size floats more,
+//                        token_weights                   and a prompt's queries go one by one
+//   query_window       * 0, queries                      recent queries kept for recent_queries(): so many rows a query head
+//   page_summary       * PageSummary::none, min_max,     bounds of a page's keys, two rows a page; or their mean, one of floats
+//                        mean
+//   reads_rows           false, true                     load_key or load_value is called: an engine must lend its rows
+//   knows_logits         false, true                     scores keys as logits() says (MassBounds does), not by dot products
+//                                                        alone: windows, ALiBi and soft caps are no reason to refuse it
+//   period             * 0, decode steps                 between two calls of trim
+//   slack_tokens       * 0, tokens                       trim aims so far below the budget: a smaller budget is refused
+//   pin_prompt         * false, true                     pages with a prompt token are no victims: a prompt may be refused
+//   in_cache_positions * false, true                     distances count resident tokens alone; not for policies that select.
+//                                                        Needs the model's rope; one thread reads a head
 //
-// `victim` is called at the start of the append that opens a page while page_budget() pages are resident; there is no open
-// page then, and the page filled last is an ordinary one.
-// Of a page that a query did not read nothing is known, which is not zero: what a policy noted of it (a stamp, a last mass, a sum)
-// stays as it was. Ages and decays go on. A mass is a share of what was read, so it is larger the more is left unread.
-// With an executor, verbs of different heads run at the same time; those of one head never do, and those that take a LayerView
-// run alone.
-// State is changed by the on_ verbs, observe and victim alone: after rejected drafts it is set back and these are called again for
-// what remains, select, select_more and residual are not.
+// A victim is looked for while no page is open; the page filled last is an ordinary one. Evictable: neither pinned nor open.
+// Of a page that a query did not read nothing is known, which is not zero: what a policy noted of it (a stamp, a last mass, a
+// sum) stays as it was. Ages and decays go on. A mass is a share of what was read, so it is larger the more is left unread.
+// With an executor, verbs of different heads run at the same time; those of one head never do, those that take L run alone.
+// After rejected drafts state is set back, and the verbs that may write it are called again for what remains; select,
+// select_more and residual are not.
 // Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork, rollback and snapshots.
 //
-// Why this is enough (each policy of the literature that we mean to write, and where it lives in the contract):
+// Why this is enough (each policy of the literature, and where it lives in the contract):
 //   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the heads.
 //   SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+ period: SnapKV-D).
 //   RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity of load_key rows.
