@@ -15,17 +15,17 @@ namespace kvsparse {
 struct ExactAttention {
   std::vector<double> out;      ///< [value_dim]
   std::vector<double> weights;  ///< [tokens] shares of the softmax, summing to 1 unless there is a sink
-  double log_sum_exp = -std::numeric_limits<double>::infinity();
+  double log_sum_exp = -std::numeric_limits<double>::infinity();  ///< of the logits, and the sink
 };
 
 /// One query head's logits: LogitOptions by itself.
 struct ExactLogits {
-  double scale = 1.0;
-  double soft_cap = 0.0;     ///< 0: none
-  double alibi_slope = 0.0;  ///< 0: none
-  std::int64_t window = 0;   ///< 0: none
-  double sink = -std::numeric_limits<double>::infinity();
-  std::int64_t query_position = 0;
+  double scale = 1.0;                                      ///< of dot products
+  double soft_cap = 0.0;                                   ///< 0: none
+  double alibi_slope = 0.0;                                ///< 0: none
+  std::int64_t window = 0;                                 ///< 0: none
+  double sink = -std::numeric_limits<double>::infinity();  ///< its logit; -inf: none
+  std::int64_t query_position = 0;                         ///< windows and ALiBi look at it
 };
 
 /// q: [head_dim]; key(token), value(token): rows of head_dim and value_dim floats, position(token): where the token

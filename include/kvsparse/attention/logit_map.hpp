@@ -17,21 +17,25 @@ namespace kvsparse {
 /// For queries that attend together: `group` query heads of a token, then those of the next token, and so on. A member
 /// that is 0 or null changes nothing.
 struct LogitMap {
-  float soft_cap = 0.0F;
+  float soft_cap = 0.0F;                ///< logit = soft_cap * tanh(logit / soft_cap)
   std::size_t window = 0;               ///< positions that a query sees, its own included
   const float* alibi_slopes = nullptr;  ///< [group]
-  std::size_t group = 1;
-  Position position;            ///< of the first token
-  std::size_t first_query = 0;  ///< the first of these queries, counted from the first token's first
+  std::size_t group = 1;                ///< query heads of a token
+  Position position;                    ///< of the first token
+  std::size_t first_query = 0;          ///< the first of these queries, counted from the first token's first
 
-  constexpr bool is_identity() const { return !(soft_cap > 0.0F) && window == 0 && alibi_slopes == nullptr; }
+  constexpr bool is_identity() const {
+    return !(soft_cap > 0.0F) && window == 0 && alibi_slopes == nullptr;
+  }  ///< no change
   /// The same from another query on.
   constexpr LogitMap from(std::size_t query) const {
     LogitMap map = *this;
     map.first_query += query;
     return map;
   }
+  /// Of the token whose query this is.
   constexpr Position position_of(std::size_t query) const { return position + (first_query + query) / group; }
+  /// Where there are slopes.
   constexpr float slope_of(std::size_t query) const { return alibi_slopes[(first_query + query) % group]; }
 };
 

@@ -18,11 +18,11 @@ namespace kvsparse {
 
 /// One layer, by names. Which pairs of keys and values there are caches for is the affair of who makes them.
 struct LayerChoice {
-  std::string policy = "dense";
-  std::vector<OptionSetting> options = {};
-  ScalarType keys = ScalarType::f32;
-  ScalarType values = ScalarType::f32;
-  CacheConfig config;
+  std::string policy = "dense";             ///< a name of the name table
+  std::vector<OptionSetting> options = {};  ///< of that policy; the others have their defaults
+  ScalarType keys = ScalarType::f32;        ///< what keys are stored in
+  ScalarType values = ScalarType::f32;      ///< what values are stored in
+  CacheConfig config;                       ///< shape and budget
 };
 
 /// The layers of a model, lowest first; element l has config.layer = l.

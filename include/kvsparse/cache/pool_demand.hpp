@@ -10,9 +10,9 @@ namespace kvsparse {
 
 /// Of one cache. Two caches of one pool name the same pool.
 struct PoolDemand {
-  const void* pool = nullptr;
-  std::size_t pages = 0;
-  std::size_t free_pages = 0;
+  const void* pool = nullptr;  ///< which one: only to be compared
+  std::size_t pages = 0;       ///< wanted
+  std::size_t free_pages = 0;  ///< that the pool has
 };
 
 /// Of many caches together.

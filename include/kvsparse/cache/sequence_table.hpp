@@ -18,19 +18,20 @@ namespace kvsparse {
 
 /// Which sequence, whatever row of a batch it is in.
 struct SequenceId {
-  std::uint64_t value = 0;
+  std::uint64_t value = 0;  ///< the engine's own number
   friend constexpr auto operator<=>(SequenceId, SequenceId) = default;
 };
 
-/// References to a sequence stay valid until it is removed. Thread safety: add, fork, remove and clear are exclusive;
-/// different sequences may be used at the same time as far as their pools allow.
+/// Sequences under their ids; each lookup is O(log sequences). References to a sequence stay valid until it is removed.
+/// Thread safety: add, fork, remove and clear are exclusive; different sequences may be used at the same time as far as
+/// their pools allow.
 template <class Cache>
 class SequenceTable {
  public:
-  using Sequence = SequenceCache<Cache>;
+  using Sequence = SequenceCache<Cache>;  ///< all layers of one
 
-  std::size_t size() const { return sequences_.size(); }
-  bool contains(SequenceId id) const { return sequences_.contains(id); }
+  std::size_t size() const { return sequences_.size(); }                  ///< sequences
+  bool contains(SequenceId id) const { return sequences_.contains(id); }  ///< whether there is one
   /// Null if there is none.
   Sequence* find(SequenceId id) {
     const auto found = sequences_.find(id);
@@ -79,7 +80,7 @@ class SequenceTable {
   }
   /// Gives the sequence's pages back. False if there is none.
   bool remove(SequenceId id) { return sequences_.erase(id) > 0; }
-  void clear() { sequences_.clear(); }
+  void clear() { sequences_.clear(); }  ///< gives all pages back
 
  private:
   void check_free(SequenceId id) const {

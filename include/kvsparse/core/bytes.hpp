@@ -23,8 +23,9 @@ concept PlainNumber = std::is_arithmetic_v<T>;
 /// Takes bytes in order.
 class ByteWriter {
  public:
-  virtual void write(std::span<const std::byte> bytes) = 0;
+  virtual void write(std::span<const std::byte> bytes) = 0;  ///< the next ones
 
+  /// Its sizeof(T) bytes.
   template <PlainNumber T>
   void put(T number) {
     write(std::as_bytes(std::span<const T, 1>(&number, 1)));
@@ -43,7 +44,7 @@ class ByteWriter {
 class ByteCounter final : public ByteWriter {
  public:
   void write(std::span<const std::byte> bytes) override { count_ += bytes.size(); }
-  std::uint64_t count() const { return count_; }
+  std::uint64_t count() const { return count_; }  ///< so far
 
  private:
   std::uint64_t count_ = 0;
@@ -52,10 +53,12 @@ class ByteCounter final : public ByteWriter {
 /// Hands out bytes in order. Throws SnapshotError instead of reading beyond the end.
 class ByteReader {
  public:
+  /// The bytes stay where they lie and outlive the reader.
   explicit ByteReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
 
-  std::size_t left() const { return bytes_.size(); }
+  std::size_t left() const { return bytes_.size(); }  ///< bytes not yet taken
 
+  /// The next `count` bytes, where they lie.
   std::span<const std::byte> take(std::size_t count) {
     if (count > bytes_.size()) {
       KVSPARSE_THROW(SnapshotError("the snapshot needs " + std::to_string(count) + " more bytes where only " +
@@ -65,12 +68,14 @@ class ByteReader {
     bytes_ = bytes_.subspan(count);
     return taken;
   }
+  /// As ByteWriter::put wrote it.
   template <PlainNumber T>
   T number() {
     T value{};
     std::memcpy(&value, take(sizeof value).data(), sizeof value);
     return value;
   }
+  /// As ByteWriter::put wrote it; the characters stay where they lie.
   std::string_view text() {
     const auto size = number<std::uint64_t>();
     const std::span<const std::byte> characters = take(size);

@@ -14,6 +14,7 @@ namespace kvsparse {
 /// while the callable it was made of lives. Never throws.
 class RangeBody {
  public:
+  /// Refers to a callable body(index) that is noexcept.
   template <class Body>
   requires(!std::same_as<std::remove_const_t<Body>, RangeBody> && std::is_object_v<Body> &&
            std::is_nothrow_invocable_v<Body&, std::size_t>) RangeBody(Body& body)
@@ -21,7 +22,7 @@ class RangeBody {
       : body_(const_cast<void*>(static_cast<const void*>(std::addressof(body)))),
         call_([](void* callable, std::size_t index) noexcept { (*static_cast<Body*>(callable))(index); }) {}
 
-  void operator()(std::size_t index) const noexcept { call_(body_, index); }
+  void operator()(std::size_t index) const noexcept { call_(body_, index); }  ///< body(index)
 
  private:
   void* body_;
@@ -42,16 +43,18 @@ inline constexpr bool is_nothrow_executor = std::is_nothrow_invocable_v<E&, std:
 
 /// Everything on the calling thread, in order.
 struct SerialExecutor {
+  /// body(0), body(1), .. body(count - 1).
   void operator()(std::size_t count, RangeBody body) const noexcept {
     for (std::size_t i = 0; i < count; ++i) body(i);
   }
-  static constexpr std::size_t concurrency() { return 1; }
+  static constexpr std::size_t concurrency() { return 1; }  ///< one body at a time
 };
 
 /// Refers to any executor, so that code which is compiled once can take every kind. Does not allocate; valid while the
 /// executor lives. Throws what the executor throws.
 class ExecutorRef {
  public:
+  /// Asks the executor for its concurrency() here, once.
   template <Executor E>
   requires(!std::same_as<std::remove_const_t<E>, ExecutorRef>) ExecutorRef(E& executor)
   noexcept
@@ -64,8 +67,8 @@ class ExecutorRef {
     }
   }
 
-  void operator()(std::size_t count, RangeBody body) const { run_(executor_, count, body); }
-  std::size_t concurrency() const noexcept { return concurrency_; }
+  void operator()(std::size_t count, RangeBody body) const { run_(executor_, count, body); }  ///< executor(count, body)
+  std::size_t concurrency() const noexcept { return concurrency_; }  ///< of the executor; 0: unknown
 
  private:
   void* executor_;

@@ -9,7 +9,9 @@
 
 namespace kvsparse {
 
+/// value / step rounded up; step > 0.
 constexpr std::size_t divide_up(std::size_t value, std::size_t step) { return (value + step - 1) / step; }
+/// The smallest multiple of step that is not below value; step > 0.
 constexpr std::size_t round_up(std::size_t value, std::size_t step) { return divide_up(value, step) * step; }
 
 /// Stored rows are padded with zeros to a multiple of this many elements, so that kernels read whole vectors.
@@ -17,19 +19,22 @@ inline constexpr std::size_t row_padding = 8;
 
 /// The shape of one attention layer and of its pages. Query head i reads kv head i / group().
 struct Geometry {
-  std::size_t query_heads = 1;
-  std::size_t kv_heads = 1;
-  std::size_t head_dim = 0;  ///< of queries and keys
-  std::size_t page_size = 16;
-  std::size_t value_dim = 0;    ///< of values and outputs; 0: head_dim
+  std::size_t query_heads = 1;  ///< a multiple of kv_heads
+  std::size_t kv_heads = 1;     ///< heads of keys and values
+  std::size_t head_dim = 0;     ///< elements of a head's query or key
+  std::size_t page_size = 16;   ///< tokens of one kv head in a page, 1 .. max_page_size
+  std::size_t value_dim = 0;    ///< elements of a head's value or output; 0: head_dim
   bool values_in_keys = false;  ///< MLA's latent: a token's value is the first value_dim elements of its key
 
-  constexpr std::size_t dim_of_values() const { return value_dim != 0 ? value_dim : head_dim; }
-  constexpr std::size_t group() const { return query_heads / kv_heads; }
-  constexpr std::size_t row_stride() const { return round_up(head_dim, row_padding); }
+  constexpr std::size_t dim_of_values() const {
+    return value_dim != 0 ? value_dim : head_dim;
+  }                                                                       ///< value_dim, resolved
+  constexpr std::size_t group() const { return query_heads / kv_heads; }  ///< query heads that read one kv head
+  constexpr std::size_t row_stride() const { return round_up(head_dim, row_padding); }  ///< head_dim, padded
 
   /// Pages that hold `tokens` tokens starting at a page boundary.
   constexpr std::size_t pages_for(std::size_t tokens) const { return divide_up(tokens, page_size); }
+  /// The position's place in its page.
   constexpr Slot slot_of(Position position) const {
     return {static_cast<std::uint32_t>(static_cast<std::uint64_t>(position.value) % page_size)};
   }

@@ -22,6 +22,7 @@ struct LogitOptions {
   /// or empty; -inf: none for that head.
   std::vector<float> sink_logits = {};
 
+  /// Of the two arrays, which a cache copies.
   std::size_t bytes_required() const { return sizeof(float) * (alibi_slopes.size() + sink_logits.size()); }
 };
 

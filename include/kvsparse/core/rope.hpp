@@ -13,28 +13,30 @@
 
 namespace kvsparse {
 
+/// Which two of a head's dimensions turn together.
 enum class RopeLayout {
   halves,       ///< dimension i turns with i + rotary_dims / 2, as in Hugging Face's Llama and Qwen
   interleaved,  ///< dimension 2 i turns with 2 i + 1, as in GPT-J and Meta's Llama
 };
+/// How a model's frequencies were lowered for contexts longer than those it was first trained on.
 enum class RopeScaling {
-  none,
+  none,    ///< not at all
   linear,  ///< every frequency divided by `factor`
   llama3,  ///< long wavelengths stretched by `factor`, short ones kept, those between blended
 };
 
 /// A model's rotary embedding, by the names of its config.json. theta = 0: not given, and nothing can be turned.
 struct Rope {
-  double theta = 0.0;
-  std::size_t rotary_dims = 0;  ///< the first so many of a head's dimensions turn; 0: all
-  RopeLayout layout = RopeLayout::halves;
-  RopeScaling scaling = RopeScaling::none;
-  double factor = 1.0;
-  double low_freq_factor = 1.0;        ///< llama3
-  double high_freq_factor = 4.0;       ///< llama3
-  double original_positions = 8192.0;  ///< llama3: original_max_position_embeddings
+  double theta = 0.0;                       ///< rope_theta: the base of the frequencies
+  std::size_t rotary_dims = 0;              ///< the first so many of a head's dimensions turn; 0: all
+  RopeLayout layout = RopeLayout::halves;   ///< of the pairs
+  RopeScaling scaling = RopeScaling::none;  ///< rope_scaling's type
+  double factor = 1.0;                      ///< linear and llama3
+  double low_freq_factor = 1.0;             ///< llama3
+  double high_freq_factor = 4.0;            ///< llama3
+  double original_positions = 8192.0;       ///< llama3: original_max_position_embeddings
 
-  /// Radians that each pair of dimensions turns per position.
+  /// [rotary_dims / 2] radians that each pair of dimensions turns per position; empty where theta is 0. Allocates.
   std::vector<double> frequencies(std::size_t head_dim) const {
     const std::size_t dims = rotary_dims != 0 ? rotary_dims : head_dim;
     std::vector<double> result(theta > 0.0 ? dims / 2 : 0);
@@ -82,16 +84,19 @@ struct Rope {
 /// Turns rows. Allocates at construction only.
 class RopeRotation {
  public:
+  /// For a rope whose problem(head_dim) is empty.
   RopeRotation(const Rope& rope, std::size_t head_dim)
       : layout_(rope.layout), frequencies_(rope.frequencies(head_dim)) {}
 
+  /// Bytes that construction allocates.
   static std::size_t bytes_required(const Rope& rope, std::size_t head_dim) {
     return rope.theta > 0.0 ? sizeof(double) * ((rope.rotary_dims != 0 ? rope.rotary_dims : head_dim) / 2) : 0;
   }
   /// False when no rotary embedding was given: turn() then does nothing.
   bool can_turn() const { return !frequencies_.empty(); }
 
-  /// Moves `count` rows, `stride` floats apart, by so many positions; negative: back.
+  /// Moves `count` rows of head_dim, `stride` floats apart, by so many positions; negative: back. O(count *
+  /// rotary_dims).
   void turn(float* rows, std::size_t count, std::size_t stride, std::int64_t positions) const {
     const std::size_t pairs = frequencies_.size();
     for (std::size_t pair = 0; pair < pairs; ++pair) {

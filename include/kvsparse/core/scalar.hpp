@@ -9,13 +9,13 @@
 
 namespace kvsparse {
 
-using Half = Eigen::half;
-using Bfloat16 = Eigen::bfloat16;
+using Half = Eigen::half;          ///< f16: 1 sign, 5 exponent and 10 fraction bits
+using Bfloat16 = Eigen::bfloat16;  ///< bf16: the upper half of a float
 
 /// An element of a row that has a scale of its own, one for each token and kv head: element = scale * steps, steps in
 /// -127 .. 127. See core/stored_row.hpp for where the scale lies.
 struct Int8 {
-  std::int8_t steps = 0;
+  std::int8_t steps = 0;  ///< of the row's scale
 };
 
 /// What a cache can store keys and values in. Rows arrive as float or already in this type.
@@ -30,8 +30,10 @@ concept StorableAs = std::same_as<T, float> ||(std::same_as<T, Key>&& std::same_
 /// The same choice at run time.
 enum class ScalarType { f32, f16, bf16, int8 };
 
+/// The names of ScalarType's values, in their order.
 inline constexpr std::string_view scalar_type_names[] = {"f32", "f16", "bf16", "int8"};
 
+/// The name of a storage type.
 template <StorageScalar T>
 inline constexpr std::string_view scalar_name = std::same_as<T, float>      ? "f32"
                                                 : std::same_as<T, Half>     ? "f16"

@@ -8,12 +8,13 @@
 
 namespace kvsparse {
 
-/// A flat span must hold exactly `heads` rows.
+/// A flat span must hold exactly `heads` rows; else wrong_size.
 inline Status check_size(std::size_t elements, std::size_t heads, std::size_t head_dim) {
   const std::size_t expected = heads * head_dim;
   return elements == expected ? Status{} : Status{Status::Code::wrong_size, elements, expected};
 }
 
+/// Rows must be [heads, head_dim] of each token; else wrong_heads or wrong_head_dim.
 template <class Row>
 Status check_rows(const HeadRows<Row>& rows, std::size_t heads, std::size_t head_dim) {
   if (rows.heads != heads) return {Status::Code::wrong_heads, rows.heads, heads};
@@ -25,8 +26,8 @@ Status check_rows(const TokenRows<Row>& rows, std::size_t heads, std::size_t hea
   return check_rows(HeadRows<Row>(rows.data, rows.heads, rows.head_dim), heads, head_dim);
 }
 
-/// One token's keys and values, or those of a chunk. Where values lie in the keys, `v` must hold no row: a row would
-/// be a value that is not stored.
+/// One token's keys and values, or those of a chunk; else one of wrong_tokens, wrong_heads, wrong_head_dim. Where
+/// values lie in the keys, `v` must hold no row: a row would be a value that is not stored.
 template <class Rows>
 Status check_keys_and_values(const Rows& k, const Rows& v, const Geometry& geometry) {
   if constexpr (requires { k.tokens; }) {

@@ -12,16 +12,16 @@ namespace kvsparse {
 
 /// sum_j exp(s_j - max) and sum_j exp(s_j - max) * v_j of one query head over the tokens read so far.
 struct SoftmaxState {
-  float* accumulator = nullptr;  ///< [value_dim], owned by the caller
-  float max = -std::numeric_limits<float>::infinity();
-  float sum = 0.0F;
+  float* accumulator = nullptr;                         ///< [value_dim], owned by the caller
+  float max = -std::numeric_limits<float>::infinity();  ///< max_j s_j
+  float sum = 0.0F;                                     ///< sum_j exp(s_j - max); 0 when no token was read
 
   /// log sum_j exp(s_j); -inf when no token was read.
   float log_sum_exp() const { return sum == 0.0F ? -std::numeric_limits<float>::infinity() : max + std::log(sum); }
 };
 
 /// Folds `other` into `state`. An empty state (sum 0) changes nothing, and two empty ones stay empty: without that case
-/// -inf - -inf would make NaN.
+/// -inf - -inf would make NaN. O(value_dim).
 inline void merge(SoftmaxState& state, const SoftmaxState& other, std::size_t value_dim) {
   if (other.sum == 0.0F) return;
   const float max = state.max > other.max ? state.max : other.max;

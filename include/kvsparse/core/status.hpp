@@ -25,8 +25,9 @@ class SnapshotError : public std::runtime_error {
 /// The outcome of a verb of the decode step. On failure nothing has changed.
 class [[nodiscard]] Status {
  public:
+  /// What was refused.
   enum class Code {
-    ok,
+    ok,                      ///< nothing: the verb did what it says
     wrong_heads,             ///< a row view has the wrong number of heads
     wrong_head_dim,          ///< a row view has the wrong head_dim
     wrong_tokens,            ///< key, value, query or output views disagree in tokens
@@ -53,15 +54,15 @@ class [[nodiscard]] Status {
     query_is_over,           ///< the latest query's reads are not known any more
   };
 
-  constexpr Status() = default;
+  constexpr Status() = default;  ///< ok
+  /// The value that was refused, and the limit it met.
   constexpr Status(Code code, std::size_t value, std::size_t limit) : code_(code), value_(value), limit_(limit) {}
 
-  constexpr bool ok() const { return code_ == Code::ok; }
-  constexpr explicit operator bool() const { return ok(); }
-  constexpr Code code() const { return code_; }
-  /// The value that was refused and the limit it met; both 0 when ok.
-  constexpr std::size_t value() const { return value_; }
-  constexpr std::size_t limit() const { return limit_; }
+  constexpr bool ok() const { return code_ == Code::ok; }    ///< true: done; false: nothing has changed
+  constexpr explicit operator bool() const { return ok(); }  ///< ok()
+  constexpr Code code() const { return code_; }              ///< what was refused
+  constexpr std::size_t value() const { return value_; }     ///< the value that was refused; 0 when ok
+  constexpr std::size_t limit() const { return limit_; }     ///< the limit that it met; 0 when ok
 
   /// A sentence with the value and the limit in it. Allocates.
   std::string message() const {

@@ -17,6 +17,7 @@
 
 namespace kvsparse {
 
+/// Whether each row has a scale of its own.
 template <StorageScalar Scalar>
 inline constexpr bool has_scale = std::same_as<Scalar, Int8>;
 
@@ -85,7 +86,7 @@ void store_row(const Element* row, std::size_t head_dim, Scalar* stored) {
   }
 }
 
-/// Widens the first row.size() elements of a stored row of head_dim.
+/// Widens the first row.size() elements of a stored row of head_dim. O(row.size()).
 template <StorageScalar Scalar>
 void load_row(const Scalar* stored, std::size_t head_dim, std::span<float> row) {
   const float scale = row_scale(stored, head_dim);

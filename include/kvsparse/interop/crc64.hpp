@@ -38,6 +38,7 @@ inline constexpr std::array<std::array<std::uint64_t, 256>, 8> crc64_tables = ma
 /// The checksum of bytes that come in any number of pieces.
 class Crc64 {
  public:
+  /// The next bytes. O(bytes).
   void add(std::span<const std::byte> bytes) {
     const auto& tables = detail::crc64_tables;
     std::size_t i = 0;
@@ -54,7 +55,7 @@ class Crc64 {
       remainder_ = remainder_ >> 8 ^ tables[0][(remainder_ ^ std::to_integer<std::uint64_t>(bytes[i])) & 0xFF];
     }
   }
-  std::uint64_t value() const { return ~remainder_; }
+  std::uint64_t value() const { return ~remainder_; }  ///< of all bytes so far
 
  private:
   std::uint64_t remainder_ = ~std::uint64_t{0};

@@ -17,10 +17,13 @@ namespace kvsparse {
 /// tasks of the pool could wait for ever. Does not allocate.
 class EigenExecutor {
  public:
+  /// Over threads of the caller's.
   explicit EigenExecutor(Eigen::ThreadPoolInterface& pool) : pool_(&pool) {}
 
+  /// The pool's threads and the calling one.
   std::size_t concurrency() const noexcept { return static_cast<std::size_t>(pool_->NumThreads()) + 1; }
 
+  /// Runs body(i) for each i in [0, count); returns when all have returned.
   void operator()(std::size_t count, RangeBody body) const noexcept {
     if (count < 2 || pool_->CurrentThreadId() >= 0) return SerialExecutor{}(count, body);
     const std::size_t helpers = std::min(count - 1, concurrency() - 1);

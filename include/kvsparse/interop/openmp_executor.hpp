@@ -19,8 +19,9 @@ class OpenMpExecutor {
   explicit OpenMpExecutor(std::size_t threads = 0)
       : threads_(threads != 0 ? static_cast<int>(threads) : omp_get_max_threads()) {}
 
-  std::size_t concurrency() const noexcept { return static_cast<std::size_t>(threads_); }
+  std::size_t concurrency() const noexcept { return static_cast<std::size_t>(threads_); }  ///< threads
 
+  /// Runs body(i) for each i in [0, count); returns when all have returned.
   void operator()(std::size_t count, RangeBody body) const noexcept {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads_)
     for (std::size_t i = 0; i < count; ++i) body(i);

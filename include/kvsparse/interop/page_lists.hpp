@@ -31,28 +31,35 @@ class CsrPageLists {
     clear();
   }
 
-  void clear() { keep_rows(0); }
-  std::size_t rows() const { return rows_; }
+  void clear() { keep_rows(0); }              ///< no rows
+  std::size_t rows() const { return rows_; }  ///< so far
   /// The pages of all rows.
   std::size_t entries() const { return entries_; }
+  /// [rows + 1] the row's entries are kv_indices()[kv_indptr()[row] .. kv_indptr()[row + 1]).
   std::span<const std::int32_t> kv_indptr() const { return indptr_.first(std::min(rows_ + 1, indptr_.size())); }
+  /// [entries] pages, row by row.
   std::span<const std::int32_t> kv_indices() const { return indices_.first(entries_); }
   /// [rows] tokens of each row's last page, 1 .. page_size; 0 where a row has no page.
   std::span<const std::int32_t> last_page_len() const { return last_page_len_.first(rows_); }
 
-  // What fills them: room for a row, its entries, and its end.
+  // --- what fills them: room for a row, its entries, its end ---
+
+  /// Whether one more row of so many pages has room; else lists_too_small.
   Status check_row(std::size_t pages) const {
     if (rows_ + 1 >= indptr_.size()) return {Status::Code::lists_too_small, rows_ + 2, indptr_.size()};
     if (rows_ >= last_page_len_.size()) return {Status::Code::lists_too_small, rows_ + 1, last_page_len_.size()};
     if (entries_ + pages > indices_.size()) return {Status::Code::lists_too_small, entries_ + pages, indices_.size()};
     return {};
   }
+  /// [pages] entries of that row, to be written.
   std::span<std::int32_t> row(std::size_t pages) { return indices_.subspan(entries_, pages); }
+  /// They are written; last_page_tokens: what the last of them holds.
   void end_row(std::size_t pages, std::size_t last_page_tokens, std::size_t) {
     entries_ += pages;
     last_page_len_[rows_] = static_cast<std::int32_t>(last_page_tokens);
     indptr_[++rows_] = static_cast<std::int32_t>(entries_);
   }
+  /// Takes back the rows behind the first so many.
   void keep_rows(std::size_t rows) {
     rows_ = rows;
     if (rows == 0 && !indptr_.empty()) indptr_[0] = 0;
@@ -74,14 +81,16 @@ class BlockTables {
               std::int32_t padding = 0)
       : tables_(tables), sequence_lengths_(sequence_lengths), max_pages_(max_pages), padding_(padding) {}
 
-  void clear() { rows_ = 0; }
-  std::size_t rows() const { return rows_; }
+  void clear() { rows_ = 0; }                 ///< no rows
+  std::size_t rows() const { return rows_; }  ///< so far
   /// [rows, max_pages]
   std::span<const std::int32_t> block_tables() const { return tables_.first(rows_ * max_pages_); }
   /// [rows] tokens that a row's pages hold together: what the kernel reads, not the length of the sequence.
   std::span<const std::int32_t> sequence_lengths() const { return sequence_lengths_.first(rows_); }
 
-  // What fills them.
+  // --- what fills them: room for a row, its entries, its end ---
+
+  /// Whether one more row of so many pages has room; else lists_too_small.
   Status check_row(std::size_t pages) const {
     if (pages > max_pages_) return {Status::Code::lists_too_small, pages, max_pages_};
     const std::size_t most_rows =
@@ -89,12 +98,15 @@ class BlockTables {
     if (rows_ >= most_rows) return {Status::Code::lists_too_small, rows_ + 1, most_rows};
     return {};
   }
+  /// [pages] entries of that row, to be written.
   std::span<std::int32_t> row(std::size_t pages) { return tables_.subspan(rows_ * max_pages_, pages); }
+  /// They are written; tokens: what they hold together.
   void end_row(std::size_t pages, std::size_t, std::size_t tokens) {
     const std::span<std::int32_t> behind = tables_.subspan(rows_ * max_pages_ + pages, max_pages_ - pages);
     std::fill(behind.begin(), behind.end(), padding_);
     sequence_lengths_[rows_++] = static_cast<std::int32_t>(tokens);
   }
+  /// Takes back the rows behind the first so many.
   void keep_rows(std::size_t rows) { rows_ = rows; }
 
  private:

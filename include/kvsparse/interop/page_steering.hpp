@@ -2,12 +2,13 @@
 // A policy for an engine that keeps its keys and values itself, runs its own kernel, and owns its pages: only page ids,
 // page lists and page masses cross. One layer of one sequence:
 //
-//     PageSteering<Raas, Blocks> steering(config, blocks);      // blocks: the engine's allocator, acquire() and
-//     release() steering.append([&](kv_head, page, slot) { ... });        // the token's rows go there; a page given up
-//     was released steering.select(q, lists);                                // what the kernel shall read:
-//     page_lists.hpp
+// clang-format off
+//     PageSteering<Raas, Blocks> steering(config, blocks);           // the engine's allocator: acquire() and release()
+//     steering.append([&](kv_head, page, slot) { ... });             // the token's rows go there
+//     steering.select(q, lists);                                     // what the kernel shall read: page_lists.hpp
 //     ... the engine's kernel ...
-//     steering.observe(q, page_mass, log_sum_exp);              // what it saw, for the policies that want to know
+//     steering.observe(q, page_mass, log_sum_exp);                   // what it saw, for policies that want to know
+// clang-format on
 #pragma once
 
 #include <algorithm>
@@ -86,12 +87,14 @@ class PagesOfAllHeads {
   PagesOfAllHeads(Owner& owner, std::size_t kv_heads, std::size_t page_count)
       : owner_(&owner), kv_heads_(kv_heads), heads_holding_(page_count) {}
 
+  /// The next head's page: the owner's for the first of kv_heads calls, the same for the others.
   PageId acquire() {
     if (heads_served_ == 0) page_ = owner_->acquire();
     heads_served_ = (heads_served_ + 1) % kv_heads_;
     ++heads_holding_[page_.value];
     return page_;
   }
+  /// One head lets go of it.
   void release(PageId page) {
     if (--heads_holding_[page.value] == 0) owner_->release(page);
   }
@@ -104,6 +107,8 @@ class PagesOfAllHeads {
   std::size_t heads_served_ = 0;  // of page_
 };
 
+/// The decisions of one layer of one sequence for an engine's own pages and kernel.
+///
 /// Thread safety: that of LayerPages; select and observe are exclusive. After construction nothing allocates, locks or
 /// throws; `store` alone may.
 template <class Policy, PageOwner Owner>
@@ -139,8 +144,8 @@ class PageSteering : private LayerPages<Policy> {
   }
   ~PageSteering() { give_back(); }
 
-  const CacheConfig& config() const { return Pages::config(); }
-  const Policy& policy() const { return Pages::policy(); }
+  const CacheConfig& config() const { return Pages::config(); }  ///< as constructed
+  const Policy& policy() const { return Pages::policy(); }       ///< as constructed
   using Pages::check_append;
   using Pages::check_prompt;
   using Pages::geometry;

@@ -94,7 +94,7 @@ class ThreadTeam {
     for (std::thread& helper : helpers_) helper.join();
   }
 
-  std::size_t concurrency() const noexcept { return helpers_.size() + 1; }
+  std::size_t concurrency() const noexcept { return helpers_.size() + 1; }  ///< threads, the calling one included
 
   /// Runs body(i) for each i in [0, count); returns when all have returned.
   void operator()(std::size_t count, RangeBody body) noexcept {

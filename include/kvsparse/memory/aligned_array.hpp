@@ -17,7 +17,8 @@ namespace kvsparse {
 template <class T>
 class AlignedArray {
  public:
-  AlignedArray() = default;
+  AlignedArray() = default;  ///< empty
+  /// Uninitialised elements. Throws std::bad_alloc.
   explicit AlignedArray(std::size_t size)
       : data_(size == 0 ? nullptr : static_cast<T*>(::operator new(size * sizeof(T), alignment_of(size)))),
         size_(size) {
@@ -37,9 +38,9 @@ class AlignedArray {
     if (data_ != nullptr) ::operator delete(data_, alignment_of(size_));
   }
 
-  T* data() { return data_; }
+  T* data() { return data_; }  ///< [size()]
   const T* data() const { return data_; }
-  std::size_t size() const { return size_; }
+  std::size_t size() const { return size_; }  ///< elements
 
  private:
   static constexpr std::size_t cache_line = 64;

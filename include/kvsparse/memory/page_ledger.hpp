@@ -11,7 +11,8 @@
 
 namespace kvsparse {
 
-/// No verb allocates, throws or locks after construction.
+/// Hands out the ids of a pool's pages and counts who holds them. No verb allocates, throws or locks after
+/// construction.
 ///
 /// kv heads open their pages in turn, but a query reads one head after another. So the pages never used before are
 /// handed out, turn by turn, from one stretch of the memory for each head: what a head reads lies in one piece.
@@ -24,17 +25,18 @@ class PageLedger {
     for (std::size_t turn = pages; turn > 0; --turn) free_.push_back(page_of_turn(turn - 1));
   }
 
+  /// Bytes that construction allocates for each page.
   static constexpr std::size_t bytes_per_page = sizeof(PageId) + sizeof(std::uint32_t);
 
-  std::size_t page_count() const { return references_.size(); }
-  std::size_t free_pages() const { return free_.size(); }
+  std::size_t page_count() const { return references_.size(); }  ///< free or not
+  std::size_t free_pages() const { return free_.size(); }        ///< that acquire() can hand out
   /// Pages that more than one table names.
   std::size_t shared_pages() const { return shared_pages_; }
   /// How many tables name the page; 0: it is free.
   std::uint32_t references(PageId page) const { return references_[page.value]; }
-  bool is_shared(PageId page) const { return references_[page.value] > 1; }
+  bool is_shared(PageId page) const { return references_[page.value] > 1; }  ///< named by several
 
-  /// Hands out the page given back last, or the next one never used.
+  /// Hands out the page given back last, or the next one never used; for one table. There must be a free page. O(1).
   PageId acquire() {
     KVSPARSE_ASSERT(!free_.empty());
     if (free_.size() + turns_ == page_count()) ++turns_;

@@ -20,16 +20,18 @@ namespace kvsparse {
 /// Rows and summaries of a pool's pages.
 template <StorageScalar Key, StorageScalar Value = Key>
 struct PageMemory {
+  /// Allocates all of it and touches none.
   PageMemory(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : rows(geometry, pages), summaries(geometry, kind, pages) {}
 
+  /// Copies a page from memory of the same geometry and kind, this or other.
   void copy(const PageMemory& from, PageId page, PageId to) {
     rows.copy(from.rows, page, to);
     summaries.copy(from.summaries, page, to);
   }
 
-  PageRows<Key, Value> rows;
-  PageSummaries<SummaryScalar<Key>> summaries;
+  PageRows<Key, Value> rows;                    ///< keys and values
+  PageSummaries<SummaryScalar<Key>> summaries;  ///< of the keys
 };
 
 /// A handle: copies of it are the same pool, whose memory goes with the last of them; a cache keeps one.
@@ -40,7 +42,7 @@ struct PageMemory {
 template <StorageScalar Key, StorageScalar Value = Key>
 class PagePool {
  public:
-  using Memory = PageMemory<Key, Value>;
+  using Memory = PageMemory<Key, Value>;  ///< what its pages lie in
 
   /// Of `pages` pages, in whole multiples of the kv heads. The geometry's head_dim, value_dim, values_in_keys and
   /// page_size are those of every cache; its kv_heads only arranges the pages. Memory is touched when a page is first
@@ -85,16 +87,21 @@ class PagePool {
   }
   std::size_t bytes_per_page() const { return shared_->bytes_per_page; }
 
-  const Geometry& geometry() const { return memory().rows.geometry(); }
-  PageSummary summary() const { return memory().summaries.kind(); }
-  std::size_t page_count() const { return shared_->ledger.page_count(); }
-  std::size_t free_pages() const { return shared_->ledger.free_pages(); }
-  std::size_t shared_pages() const { return shared_->ledger.shared_pages(); }
+  const Geometry& geometry() const { return memory().rows.geometry(); }        ///< as constructed
+  PageSummary summary() const { return memory().summaries.kind(); }            ///< as constructed
+  std::size_t page_count() const { return shared_->ledger.page_count(); }      ///< as constructed
+  std::size_t free_pages() const { return shared_->ledger.free_pages(); }      ///< that no cache holds
+  std::size_t shared_pages() const { return shared_->ledger.shared_pages(); }  ///< that several caches hold
+  /// How many caches hold the page; 0: it is free.
   std::uint32_t references(PageId page) const { return shared_->ledger.references(page); }
+  /// Whether several caches hold the page.
   bool is_shared(PageId page) const { return shared_->ledger.is_shared(page); }
 
+  /// Takes a free page, of which there must be one. O(1).
   PageId acquire() { return shared_->ledger.acquire(); }
+  /// One more holder of a page that is not free. O(1).
   void retain(PageId page) { shared_->ledger.retain(page); }
+  /// One holder less; the last one's page is free. See PageLedger::release.
   void release(PageId page) { shared_->ledger.release(page); }
   /// A new page with the rows and the summary of another one, of this pool or of one like it.
   PageId acquire_copy(const PagePool& from, PageId page) {
@@ -103,6 +110,7 @@ class PagePool {
     return copy;
   }
 
+  /// What the pages hold.
   Memory& memory() { return shared_->memory; }
   const Memory& memory() const { return shared_->memory; }
 

@@ -31,6 +31,7 @@ std::string values_problem(const Geometry& geometry) {
          ", but values_in_keys takes the values from the keys; store both in one type";
 }
 
+/// The rows of a pool's pages: [pages, page_size, head_dim] keys and, page by page behind them, values.
 template <StorageScalar Key, StorageScalar Value = Key>
 class PageRows {
  public:
@@ -42,6 +43,7 @@ class PageRows {
         page_bytes_(bytes_per_page(geometry)),
         storage_(pages * page_bytes_) {}
 
+  /// Keys and values of one page, padding and scales included.
   static std::size_t bytes_per_page(const Geometry& geometry) {
     return geometry.page_size * (key_row_bytes(geometry) + value_row_bytes(geometry));
   }
@@ -50,23 +52,29 @@ class PageRows {
   static std::size_t key_row_bytes(const Geometry& geometry) {
     return stored_row_size<Key>(geometry.head_dim) * sizeof(Key);
   }
+  /// The same of a value; 0 where it lies in the key.
   static std::size_t value_row_bytes(const Geometry& geometry) {
     return geometry.values_in_keys ? 0 : stored_row_size<Value>(geometry.dim_of_values()) * sizeof(Value);
   }
 
   /// That of the caches; query_heads and kv_heads say nothing about the rows.
   const Geometry& geometry() const { return geometry_; }
-  std::size_t page_count() const { return storage_.size() / page_bytes_; }
+  std::size_t page_count() const { return storage_.size() / page_bytes_; }  ///< as constructed
 
+  /// The stored row, head_dim elements padded to stored_row_size<Key>(head_dim).
   Key* key_row(PageId page, Slot slot) { return keys(page) + slot.value * key_stride(); }
+  /// The stored row, value_dim elements and padding; where values lie in the keys, the key's row.
   Value* value_row(PageId page, Slot slot) { return values(page) + slot.value * value_stride_; }
+  /// To read alone.
   const Key* key_row(PageId page, Slot slot) const { return const_cast<PageRows*>(this)->key_row(page, slot); }
+  /// To read alone.
   const Value* value_row(PageId page, Slot slot) const { return const_cast<PageRows*>(this)->value_row(page, slot); }
 
-  /// row: [head_dim], or [value_dim]. O(row).
+  /// row: [head_dim], as floats. O(row).
   void load_key(PageId page, Slot slot, std::span<float> row) const {
     load_row(key_row(page, slot), geometry_.head_dim, row);
   }
+  /// row: [value_dim], as floats. O(row).
   void load_value(PageId page, Slot slot, std::span<float> row) const {
     load_row(value_row(page, slot), geometry_.values_in_keys ? geometry_.head_dim : geometry_.dim_of_values(), row);
   }
@@ -76,6 +84,7 @@ class PageRows {
     std::memcpy(storage_.data() + to.value * page_bytes_, from.storage_.data() + page.value * page_bytes_, page_bytes_);
   }
 
+  /// What the kernel reads.
   PagedKv<Key, Value> view() const {
     auto* self = const_cast<PageRows*>(this);
     return {self->keys({0}), self->values({0}), page_bytes_ / sizeof(Key), page_bytes_ / sizeof(Value),

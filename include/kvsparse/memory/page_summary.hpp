@@ -17,7 +17,12 @@
 
 namespace kvsparse {
 
-enum class PageSummary { none, min_max, mean };
+/// What is kept of each page's keys beside them; a policy's trait page_summary asks for it.
+enum class PageSummary {
+  none,
+  min_max,  ///< channel-wise smallest and largest key: two rows a page
+  mean,     ///< the keys' sum: a row of floats a page
+};
 
 /// What the summaries of keys stored as Key are stored in. Steps of a row's own scale could not bound several rows.
 template <StorageScalar Key>
@@ -28,12 +33,14 @@ using SummaryScalar = std::conditional_t<has_scale<Key>, Half, Key>;
 template <StorageScalar Scalar>
 class PageSummaries {
  public:
+  /// Allocates those of `pages` pages, and touches none.
   PageSummaries(const Geometry& geometry, PageSummary kind, std::size_t pages)
       : kind_(kind),
         row_stride_(geometry.row_stride()),
         bounds_(kind == PageSummary::min_max ? 2 * row_stride_ * pages : 0),
         sums_(kind == PageSummary::mean ? row_stride_ * pages : 0) {}
 
+  /// Bytes that construction allocates for each page.
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
     switch (kind) {
       case PageSummary::none: return 0;
@@ -43,13 +50,14 @@ class PageSummaries {
     return 0;
   }
 
-  PageSummary kind() const { return kind_; }
+  PageSummary kind() const { return kind_; }  ///< as constructed
   /// Elements of a row: head_dim padded to row_padding.
   std::size_t row_stride() const { return row_stride_; }
-  /// The page's lowest and highest elements, [row_stride()] each, one row behind the other.
+  /// [row_stride()] the page's lowest elements, as far as kind() is min_max.
   const Scalar* min(PageId page) const { return bounds_.data() + 2 * row_stride_ * page.value; }
+  /// [row_stride()] the page's highest elements, which lie behind the lowest.
   const Scalar* max(PageId page) const { return min(page) + row_stride_; }
-  /// [row_stride()] sum of the page's keys.
+  /// [row_stride()] sum of the page's keys, as far as kind() is mean.
   const float* sum(PageId page) const { return sums_.data() + page.value * row_stride_; }
 
   /// Copies a page's summary from summaries of the same geometry and kind, these or others.

@@ -12,15 +12,18 @@
 
 namespace kvsparse {
 
+/// A page that a kv head holds.
 struct ResidentPage {
-  Position first_position;
-  PageId page;
-  std::uint32_t tokens = 0;
-  bool pinned = false;
+  Position first_position;   ///< of slot 0
+  PageId page;               ///< where it lies in the pool
+  std::uint32_t tokens = 0;  ///< stored in it; 0 between its opening and its first token
+  bool pinned = false;       ///< never a victim
 };
 
+/// A kv head's resident pages, oldest first. No verb allocates, throws or locks after construction.
 class PageTable {
  public:
+  /// Room for so many pages.
   explicit PageTable(std::size_t capacity) { pages_.reserve(capacity); }
   PageTable(const PageTable& other) : pinned_(other.pinned_), resident_tokens_(other.resident_tokens_) {
     pages_.reserve(other.pages_.capacity());
@@ -33,13 +36,16 @@ class PageTable {
   PageTable(PageTable&&) noexcept = default;
   PageTable& operator=(PageTable&&) noexcept = default;
 
-  std::size_t size() const { return pages_.size(); }
-  std::size_t capacity() const { return pages_.capacity(); }
+  std::size_t size() const { return pages_.size(); }          ///< pages
+  std::size_t capacity() const { return pages_.capacity(); }  ///< pages there is room for
+  /// The index-th oldest page; index < size().
   const ResidentPage& operator[](PageIndex index) const { return pages_[index.value]; }
+  /// The newest page; there must be one.
   const ResidentPage& back() const { return pages_.back(); }
-  std::size_t pinned_pages() const { return pinned_; }
-  std::size_t resident_tokens() const { return resident_tokens_; }
+  std::size_t pinned_pages() const { return pinned_; }              ///< pages
+  std::size_t resident_tokens() const { return resident_tokens_; }  ///< in all pages
 
+  /// A newer page; size() < capacity().
   void push_back(ResidentPage page) {
     KVSPARSE_ASSERT(pages_.size() < pages_.capacity());
     pinned_ += page.pinned ? 1 : 0;
@@ -53,6 +59,7 @@ class PageTable {
   }
   /// The entry's rows lie in another page of the pool from now on.
   void move_to(PageIndex index, PageId page) { pages_[index.value].page = page; }
+  /// The page, which was pinned, may be evicted from now on.
   void unpin(PageIndex index) {
     KVSPARSE_ASSERT(pages_[index.value].pinned);
     pages_[index.value].pinned = false;
@@ -76,6 +83,7 @@ class PageTable {
       resident_tokens_ += page.tokens;
     }
   }
+  /// Forgets all pages.
   void clear() {
     pages_.clear();
     pinned_ = 0;
