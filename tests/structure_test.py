@@ -23,7 +23,7 @@ ATTENTION_SEES = {"config.hpp", "core", "attention"}
 TOP_LEVEL = {"include", "tests", "bench", "examples", "CMakeLists.txt", "CMakePresets.json", "README.md", "LICENSE"}
 # What a policy is built from; every other header of policy/ is a policy, or two joined.
 POLICY_CONTRACT = {"policy.hpp", "contract_check.hpp", "head_view.hpp", "selection.hpp", "evidence.hpp", "options.hpp",
-                   "name_table.hpp", "mass_bounds.hpp"}
+                   "name_table.hpp", "mass_bounds.hpp", "state.hpp"}
 LONGEST_HEADER, LONGEST_POLICY = 430, 150
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]

@@ -16,6 +16,7 @@
 
 namespace kvsparse {
 
+/// The storage type of a name, "f32", "f16", "bf16" or "int8". Throws ConfigError.
 inline ScalarType scalar_type(std::string_view name) {
   for (std::size_t i = 0; i < std::size(scalar_type_names); ++i) {
     if (scalar_type_names[i] == name) return static_cast<ScalarType>(i);
@@ -37,7 +38,8 @@ inline AnyPagePool any_page_pool(ScalarType scalar, const Geometry& geometry, Pa
   KVSPARSE_THROW(ConfigError("unknown storage type"));
 }
 
-/// Value semantics; copying copies pages and policy state. Verbs and errors are those of PagedKvCache and attend.
+/// A PagedKvCache whose policy and storage type are chosen by name. Value semantics; copying copies pages and policy
+/// state. Verbs and errors are those of PagedKvCache and attend.
 class AnyCache {
  public:
   /// Throws ConfigError: unknown policy or option (the known ones are listed), bad option value, bad configuration.
@@ -101,8 +103,10 @@ class AnyCache {
   AnyCache(AnyCache&&) noexcept = default;
   AnyCache& operator=(AnyCache&&) noexcept = default;
 
+  /// A cache that goes on from here by itself, over the same pages; see PagedKvCache::fork.
   [[nodiscard]] AnyCache fork() { return AnyCache(cache_->fork()); }
 
+  /// Of the name table, or the policy's own.
   std::string_view policy_name() const { return cache_->policy_name(); }
   const CacheConfig& config() const { return cache_->config(); }
   Position next_position() const { return cache_->next_position(); }
@@ -130,12 +134,15 @@ class AnyCache {
   void end_prompt() noexcept { cache_->end_prompt(); }
   void clear() noexcept { cache_->clear(); }
 
+  /// kvsparse::attend on the calling thread.
   Status attend(HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp = {}) noexcept {
     return attend(q, out, log_sum_exp, SerialExecutor{});
   }
+  /// The same over contiguous rows.
   Status attend(std::span<const float> q, std::span<float> out, std::span<float> log_sum_exp = {}) noexcept {
     return attend(q, out, log_sum_exp, SerialExecutor{});
   }
+  /// kvsparse::attend_prompt on the calling thread.
   Status attend_prompt(TokenRows<const float> q, TokenRows<float> out) noexcept {
     return attend_prompt(q, out, SerialExecutor{});
   }

@@ -28,22 +28,22 @@ enum class PromptOverflow {
 
 /// One layer of one sequence. Token counts are per kv head.
 struct CacheConfig {
-  std::size_t query_heads = 1;
-  std::size_t kv_heads = 1;
-  std::size_t head_dim = 0;   ///< of queries and keys
-  std::size_t value_dim = 0;  ///< of values and outputs; 0 means head_dim
+  std::size_t query_heads = 1;  ///< a multiple of kv_heads: query head i reads kv head i / (query_heads / kv_heads)
+  std::size_t kv_heads = 1;     ///< heads of keys and values
+  std::size_t head_dim = 0;     ///< of queries and keys
+  std::size_t value_dim = 0;    ///< of values and outputs; 0 means head_dim
   /// MLA's latent: a token's value is the first value_dim elements of its key, and no other value is stored. Appends
   /// take no values then. Keys and values are of one storage type.
   bool values_in_keys = false;
-  std::size_t page_size = 16;
+  std::size_t page_size = 16;  ///< tokens of one kv head that come and go together, 1 .. 256
   /// Evicting policies: cap on resident tokens, prompt included, in whole pages (rounded down).
   std::size_t budget_tokens = 0;
   /// Selecting policies: cap on tokens read by a query, in whole pages; 0 means budget_tokens.
   std::size_t read_budget_tokens = 0;
   /// Policies that keep everything: tokens there is room for.
   std::size_t max_tokens = 0;
-  PromptOverflow prompt_overflow = PromptOverflow::error;
-  std::size_t max_prompt_tokens = 0;  ///< for PromptOverflow::grow
+  PromptOverflow prompt_overflow = PromptOverflow::error;  ///< of a policy that pins the prompt
+  std::size_t max_prompt_tokens = 0;                       ///< for PromptOverflow::grow
   std::size_t min_decode_tokens = 0;  ///< room kept for decoding beside a long prompt; 0 means one page
   /// Tokens at the end of the sequence that may be rejected (append_draft, truncate); nothing is evicted on their
   /// behalf, so a head has room for their pages beyond the budget.
@@ -54,16 +54,17 @@ struct CacheConfig {
 
   LogitOptions logits = {};  ///< soft cap, sliding window, ALiBi, sink logits
 
+  /// Its shape.
   Geometry geometry() const { return {query_heads, kv_heads, head_dim, page_size, value_dim, values_in_keys}; }
 };
 
 /// Counters since construction or the last clear().
 struct CacheStats {
-  std::size_t tokens = 0;           ///< appended so far: the sequence's length
-  std::size_t resident_tokens = 0;  ///< largest over the kv heads
-  std::size_t peak_resident_tokens = 0;
-  std::size_t resident_bytes = 0;  ///< pages, summaries and policy state of the resident pages, all kv heads
-  std::size_t peak_resident_bytes = 0;
+  std::size_t tokens = 0;                ///< appended so far: the sequence's length
+  std::size_t resident_tokens = 0;       ///< largest over the kv heads
+  std::size_t peak_resident_tokens = 0;  ///< the most there were of them
+  std::size_t resident_bytes = 0;        ///< pages, summaries and policy state of the resident pages, all kv heads
+  std::size_t peak_resident_bytes = 0;   ///< the most there were of them
   std::size_t shared_bytes = 0;          ///< of resident_bytes: keys, values and summaries that a fork holds too
   std::size_t evicted_tokens = 0;        ///< summed over kv heads, as the three below
   std::size_t evicted_shared_pages = 0;  ///< evicted while a fork still held them: no memory became free

@@ -43,6 +43,7 @@ class LayerDrafts : public LayerPages<Policy> {
   using Heads::geometry;
   using Heads::next_position;
 
+  /// As LayerPages; the journals of max_speculative drafts beside it.
   explicit LayerDrafts(const CacheConfig& config, const Policy& policy = {}, const RowAccess& rows = {},
                        const void* store = nullptr)
       : LayerDrafts(config, policy, detail::plan_cache(config, policy), rows, store) {}
@@ -91,6 +92,7 @@ class LayerDrafts : public LayerPages<Policy> {
   void open_draft_slot(Owner& owner) noexcept {
     if (Pages::slot_of_next().value == 0) Pages::open_pages(owner);
   }
+  /// The draft's rows are stored in every head: tells the policy.
   void add_draft() noexcept {
     Pages::add_token();
     ++drafts_;
@@ -150,6 +152,7 @@ class LayerDrafts : public LayerPages<Policy> {
     return std::nullopt;
   }
 
+  /// As LayerPages::clear; there are no drafts then.
   void clear() noexcept {
     Pages::clear();
     drafts_ = 0;
@@ -157,6 +160,7 @@ class LayerDrafts : public LayerPages<Policy> {
 
   // --- a query: the evidence is kept for truncate() ---
 
+  /// As LayerHeads::observe.
   void observe(std::size_t kv_head, QueryGroup group) noexcept {
     if (drafts_ != 0) {
       const Head& head = this->heads_[kv_head];
@@ -164,6 +168,7 @@ class LayerDrafts : public LayerPages<Policy> {
     }
     Pages::observe(kv_head, group);
   }
+  /// As LayerHeads::end_step.
   void end_step() noexcept {
     if (StepObserver<Policy> && drafts_ != 0 && steps_ < step_ends_.size()) {
       step_ends_[steps_++] = this->heads_[0].query_end;

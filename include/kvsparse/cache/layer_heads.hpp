@@ -22,20 +22,22 @@ class LayerHeads {
   static constexpr detail::ContractCheck<Policy> contract{};
 
  public:
-  using policy_type = Policy;
+  using policy_type = Policy;  ///< as given
 
-  const CacheConfig& config() const { return config_; }
-  const Geometry& geometry() const { return context_.geometry; }
-  const Policy& policy() const { return policy_; }
-  float softmax_scale() const { return scale_; }
+  const CacheConfig& config() const { return config_; }           ///< as constructed
+  const Geometry& geometry() const { return context_.geometry; }  ///< its shape
+  const Policy& policy() const { return policy_; }                ///< with its options
+  float softmax_scale() const { return scale_; }                  ///< what dot products are multiplied by
   /// Turns queries back by PageRead::rotate_back.
   const RopeRotation& rope() const { return rope_; }
 
   /// The position the next token will have: the length of the sequence.
   Position next_position() const { return next_; }
-  std::size_t prompt_tokens() const { return prompt_tokens_; }
-  bool in_prompt() const { return !prompt_ended_; }
+  std::size_t prompt_tokens() const { return prompt_tokens_; }  ///< appended as prompt so far
+  bool in_prompt() const { return !prompt_ended_; }             ///< whether more prompt may come
+  /// Tokens that a head holds.
   std::size_t resident_tokens(std::size_t kv_head) const { return heads_[kv_head].table.resident_tokens(); }
+  /// The pages that a head holds, oldest first.
   const PageTable& table(std::size_t kv_head) const { return heads_[kv_head].table; }
   /// Pages a head may hold: those of the budget, or more for a long prompt under PromptOverflow::grow.
   std::size_t page_budget() const { return context_.page_budget; }
@@ -131,6 +133,7 @@ class LayerHeads {
     if (known && next_index() > 0) return {};
     return {Status::Code::query_is_over, static_cast<std::size_t>(head.query_end.value), next_index()};
   }
+  /// Those reads; valid until the head's next select, append or clear.
   std::span<const PageRead> latest_reads(std::size_t kv_head) const {
     return {heads_[kv_head].reads.data(), heads_[kv_head].read_count};
   }

@@ -145,7 +145,7 @@ class LayerPages : public LayerHeads<Policy> {
     if constexpr (Evictor<Policy>) make_room(owner, page_budget() - 1);
     open_pages(owner);
   }
-  Slot slot_of_next() const { return geometry().slot_of(next_); }
+  Slot slot_of_next() const { return geometry().slot_of(next_); }  ///< the next token's place in its page
   /// The page of the newest token, or the one just opened for the next.
   PageId open_page(std::size_t kv_head) const { return heads_[kv_head].table.back().page; }
   /// The next token's rows are stored in every head: tells the policy.

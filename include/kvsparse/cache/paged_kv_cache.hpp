@@ -19,6 +19,9 @@
 
 namespace kvsparse {
 
+/// The keys and values of one layer of one sequence, in pages, and a policy that decides which of them stay and which a
+/// query reads. attend() runs queries over it.
+///
 /// Pages live in a PagePool: the cache's own, or one that many caches share. A copy has a pool of its own and copies
 /// the pages; a fork shares the pool and the pages. Moving is cheap.
 ///
@@ -32,10 +35,10 @@ class PagedKvCache : private LayerDrafts<Policy> {
   using Pages = LayerDrafts<Policy>;
 
  public:
-  using policy_type = Policy;
-  using key_type = Key;
-  using value_type = Value;
-  using Pool = PagePool<Key, Value>;
+  using policy_type = Policy;         ///< what decides
+  using key_type = Key;               ///< what keys are stored in
+  using value_type = Value;           ///< what values are stored in
+  using Pool = PagePool<Key, Value>;  ///< where its pages may come from
 
   /// Allocates everything the cache will ever use, pages included: bytes_required(config, policy). Throws ConfigError.
   explicit PagedKvCache(const CacheConfig& config, Policy policy = {})
@@ -94,13 +97,13 @@ class PagedKvCache : private LayerDrafts<Policy> {
     return Pages::bytes_required(config, policy) + plan.geometry.kv_heads * (sizeof(detail::AttendScratch) + scratch);
   }
 
-  const CacheConfig& config() const { return Pages::config(); }
+  const CacheConfig& config() const { return Pages::config(); }  ///< as constructed
   using Pages::geometry;
-  const Policy& policy() const { return Pages::policy(); }
+  const Policy& policy() const { return Pages::policy(); }  ///< with its options
   using Pages::rope;
   using Pages::softmax_scale;
 
-  const Pool& pool() const { return pool_; }
+  const Pool& pool() const { return pool_; }  ///< its own, or the shared one
 
   using Pages::in_prompt;
   using Pages::next_position;
@@ -257,6 +260,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   // --- looking ---
 
+  /// Counters since construction or the last clear(). O(resident pages).
   CacheStats stats() const {
     CacheStats stats = Pages::stats(bytes_per_resident_page());
     Pages::visit_newest_first([&](PageId page) {
@@ -278,6 +282,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   // --- the decode step, head by head: what attend() is made of, for an engine with a kernel of its own ---
 
+  /// Where the rows lie of the pages that select() names.
   PagedKv<Key, Value> pages() const { return pool_.memory().rows.view(); }
   using Pages::add_residual, Pages::add_sinks, Pages::begin_query, Pages::bound_lost_mass, Pages::check_queries,
       Pages::end_step, Pages::logit_map, Pages::observe, Pages::queries_per_selection, Pages::reads_all, Pages::record,

@@ -19,7 +19,8 @@
 
 namespace kvsparse {
 
-/// Cache: a PagedKvCache, the same policy and storage types in every layer, or AnyCache, which chooses them for each.
+/// All layers of one sequence. Cache: a PagedKvCache, the same policy and storage types in every layer, or AnyCache,
+/// which chooses them for each.
 ///
 /// A step of the engine brings one token, or one chunk of them, to every layer, lowest layer first, each followed by
 /// its attention. A layer left out, or given a token twice, is refused before anything changes: layers cannot drift
@@ -40,11 +41,12 @@ class SequenceCache {
       }
     }
   }
-  /// A cache for each configuration, with pages of its own or over pages of a pool. Throws ConfigError.
+  /// A cache for each configuration, with pages of its own. Throws ConfigError.
   template <class Policy>
   requires std::constructible_from<Cache, const CacheConfig&, const Policy&> SequenceCache(
       std::span<const CacheConfig> layers, const Policy& policy)
       : SequenceCache(make_layers(layers, policy)) {}
+  /// The same over pages of a pool.
   template <class Pool, class Policy>
   requires std::constructible_from<Cache, const CacheConfig&, const Pool&, const Policy&> SequenceCache(
       std::span<const CacheConfig> layers, const Pool& pool, const Policy& policy)
@@ -64,7 +66,8 @@ class SequenceCache {
     return bytes;
   }
 
-  std::size_t layers() const { return layers_.size(); }
+  std::size_t layers() const { return layers_.size(); }  ///< caches
+  /// One layer's cache; layer < layers().
   const Cache& layer(std::size_t layer) const { return layers_[layer]; }
   /// For an engine with a kernel of its own: select, record, observe. Tokens come through append alone.
   Cache& layer(std::size_t layer) { return layers_[layer]; }
@@ -192,6 +195,7 @@ class SequenceCache {
       return kvsparse::attend(layers_[layer], std::forward<Arguments>(arguments)...);
     }
   }
+  /// The same of attend_prompt().
   template <class... Arguments>
   Status attend_prompt(std::size_t layer, Arguments&&... arguments) {
     if (const Status status = check_attended(layer); !status) return status;

@@ -21,8 +21,8 @@ struct Compose {
                 "part to say.");
   static_assert(Selector<Select> && !Evictor<Select>,
                 "kvsparse: the second part of Compose must select and not evict: it needs the verb select alone.");
-  using EvictPart = Evict;
-  using SelectPart = Select;
+  using EvictPart = Evict;    ///< decides what stays
+  using SelectPart = Select;  ///< decides what is read
 
  private:
   static constexpr auto joined_name = [] {
@@ -39,8 +39,8 @@ struct Compose {
   static constexpr PolicyScope scope = traits::scope<Evict>();
   static constexpr PolicyGranularity granularity = traits::granularity<Select>();
 
-  Evict evict;
-  Select select_part;
+  Evict evict;         ///< with its options
+  Select select_part;  ///< with its options
 
   struct PageState {
     kvsparse::PageState<Evict> evict;
@@ -68,6 +68,7 @@ struct Compose {
     const PageSummary of_select = traits::page_summary(select_part);
     return of_select == PageSummary::none ? traits::page_summary(evict) : of_select;
   }
+  /// Whether the parts want summaries of one kind, or one of them wants none.
   bool summaries_agree() const {
     const PageSummary a = traits::page_summary(evict);
     const PageSummary b = traits::page_summary(select_part);

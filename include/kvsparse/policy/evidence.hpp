@@ -19,9 +19,11 @@ enum class EvidenceKind : unsigned {
   largest_token_mass = 2,  ///< the largest share of a single token of the page: free beside page_mass
   token_weights = 4,       ///< every token's share: page_size floats a page and query head
 };
+/// Both kinds.
 constexpr EvidenceKind operator|(EvidenceKind a, EvidenceKind b) {
   return static_cast<EvidenceKind>(static_cast<unsigned>(a) | static_cast<unsigned>(b));
 }
+/// Whether `kind` is among what was asked for.
 constexpr bool asks_for(EvidenceKind asked, EvidenceKind kind) {
   return (static_cast<unsigned>(asked) & static_cast<unsigned>(kind)) != 0;
 }
@@ -29,33 +31,36 @@ constexpr bool asks_for(EvidenceKind asked, EvidenceKind kind) {
 /// A page's shares of the softmaxes of one query group, over the query heads that visited it.
 struct PageShare {
   bool visited = false;  ///< by some query head
-  float sum = 0.0F;
-  float peak = 0.0F;
+  float sum = 0.0F;      ///< of the shares, 0 .. query heads
+  float peak = 0.0F;     ///< the largest share, 0 .. 1
 };
 
 /// The evidence of one query group over the resident pages of its kv head.
 class Evidence {
  public:
+  /// What the container fills in, or the test of a policy.
   struct Storage {
-    Position position;
-    bool is_prompt = false;
-    QueryGroup queries;
-    std::size_t resident_pages = 0;
-    std::size_t page_size = 0;
-    const float* mass = nullptr;           // [resident_pages, group]; negative where not visited
-    const float* largest_token = nullptr;  // [resident_pages, group]
-    const float* token_weights = nullptr;  // [resident_pages, group, page_size]
-    const float* log_sum_exp = nullptr;    // [group]
+    Position position;                     ///< of the query's token
+    bool is_prompt = false;                ///< whether that is the prompt's
+    QueryGroup queries;                    ///< as attend got them
+    std::size_t resident_pages = 0;        ///< of the kv head
+    std::size_t page_size = 0;             ///< tokens
+    const float* mass = nullptr;           ///< [resident_pages, group]; negative where not visited
+    const float* largest_token = nullptr;  ///< [resident_pages, group] or null
+    const float* token_weights = nullptr;  ///< [resident_pages, group, page_size] or null
+    const float* log_sum_exp = nullptr;    ///< [group]
   };
+  /// Over arrays that outlive it.
   explicit Evidence(const Storage& storage) : storage_(storage) {}
 
   /// The position of the token whose query this is.
   Position position() const { return storage_.position; }
   /// True for a query of the prompt.
   bool is_prompt() const { return storage_.is_prompt; }
-  const QueryGroup& queries() const { return storage_.queries; }
-  std::size_t group() const { return storage_.queries.size; }
+  const QueryGroup& queries() const { return storage_.queries; }  ///< [group(), head_dim], not scaled
+  std::size_t group() const { return storage_.queries.size; }     ///< query heads
 
+  /// Whether the query head read the page, or part of it.
   bool visited(PageIndex page, std::size_t query) const { return !(storage_.mass[at(page, query)] < 0.0F); }
   /// Visited by some query head of the group.
   bool visited(PageIndex page) const {
@@ -64,8 +69,8 @@ class Evidence {
     }
     return false;
   }
-  /// The page's share of the softmax over what the query head read, and its sink logit if the layer has them; only for
-  /// a visited page.
+  /// The page's share, 0 .. 1, of the softmax over what the query head read, and its sink logit if the layer has them;
+  /// only for a visited page.
   float mass(PageIndex page, std::size_t query) const {
     KVSPARSE_ASSERT(visited(page, query));
     return storage_.mass[at(page, query)];
@@ -82,8 +87,8 @@ class Evidence {
     }
     return result;
   }
-  float group_mass(PageIndex page) const { return share(page).sum; }
-  float peak_mass(PageIndex page) const { return share(page).peak; }
+  float group_mass(PageIndex page) const { return share(page).sum; }  ///< 0 where not visited
+  float peak_mass(PageIndex page) const { return share(page).peak; }  ///< 0 where not visited
   /// The largest share of one token of the page; needs EvidenceKind::largest_token_mass.
   float largest_token_mass(PageIndex page, std::size_t query) const {
     KVSPARSE_ASSERT(storage_.largest_token != nullptr);

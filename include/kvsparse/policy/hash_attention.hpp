@@ -26,9 +26,11 @@ concept SignatureProjection = requires(const P projection, std::span<const float
 /// Bit b is the side of the hyperplane whose normal has entries +1 and -1 drawn by hash: the angle between two rows is
 /// about pi / 32 times the number of bits that differ (Charikar, STOC 2002). No weights are stored. O(32 d).
 struct RandomHyperplanes {
-  std::uint64_t seed = 0;
+  std::uint64_t seed = 0;  ///< of the hyperplanes
+  /// The option `seed`.
   void visit(auto&& field) { field("seed", seed); }
 
+  /// row: [head_dim]. O(32 * head_dim).
   std::uint32_t signature(std::span<const float> row) const {
     std::array<float, 32> side{};
     for (std::size_t i = 0; i < row.size(); ++i) {
@@ -44,14 +46,17 @@ struct RandomHyperplanes {
 /// Learned hyperplanes: bit b is set where weights[b] * row > 0. weights: [32, head_dim], not owned; the caller's
 /// arrays (a tensor of a safetensors file, say) outlive the cache.
 struct LearnedHyperplanes {
-  std::span<const float> weights;
+  std::span<const float> weights;  ///< [32, head_dim]
+  /// No option that a command line could set.
   void visit(auto&&) {}
+  /// A sentence if the weights are not of this shape; else empty.
   std::string problem(const Geometry& geometry) const {
     if (weights.size() == 32 * geometry.head_dim) return {};
     return "its " + std::to_string(weights.size()) +
            " weights are not 32 rows of head_dim = " + std::to_string(geometry.head_dim);
   }
 
+  /// row: [head_dim]. O(32 * head_dim).
   std::uint32_t signature(std::span<const float> row) const {
     KVSPARSE_ASSERT(weights.size() == 32 * row.size());
     std::uint32_t bits = 0;
@@ -69,7 +74,7 @@ struct BasicHashAttention {
   static constexpr std::string_view name = "hash_attention";
   static constexpr bool reads_rows = true;
   static constexpr PolicyGranularity granularity = PolicyGranularity::token;
-  static constexpr std::size_t max_page_tokens = 64;
+  static constexpr std::size_t max_page_tokens = 64;  ///< signatures that a page's state has room for
 
   using Options = Projection;
   Options options;
@@ -137,6 +142,7 @@ struct BasicHashAttention {
   }
 };
 
+/// The policy of the name table, which needs no weights.
 using HashAttention = BasicHashAttention<RandomHyperplanes>;
 
 }  // namespace kvsparse

@@ -19,58 +19,23 @@
 #include "../core/views.hpp"
 #include "../memory/page_bounds.hpp"
 #include "../memory/page_table.hpp"
+#include "state.hpp"
 
 namespace kvsparse {
 
-/// State of a policy that declares none.
-struct NoState {};
-
-namespace detail {
-
-template <class Policy>
-struct PageStateOf {
-  using type = NoState;
-};
-template <class Policy>
-requires requires { typename Policy::PageState; }
-struct PageStateOf<Policy> {
-  using type = typename Policy::PageState;
-};
-template <class Policy>
-struct HeadStateOf {
-  using type = NoState;
-};
-template <class Policy>
-requires requires { typename Policy::HeadState; }
-struct HeadStateOf<Policy> {
-  using type = typename Policy::HeadState;
-};
-template <class Policy>
-struct LayerStateOf {
-  using type = NoState;
-};
-template <class Policy>
-requires requires { typename Policy::LayerState; }
-struct LayerStateOf<Policy> {
-  using type = typename Policy::LayerState;
-};
-
-}  // namespace detail
-
-template <class Policy>
-using PageState = typename detail::PageStateOf<Policy>::type;
-template <class Policy>
-using HeadState = typename detail::HeadStateOf<Policy>::type;
-template <class Policy>
-using LayerState = typename detail::LayerStateOf<Policy>::type;
-
-/// How a view reaches stored rows without being a template of the storage type.
+/// How a view reaches stored rows without being a template of the storage type. An engine that keeps its keys and
+/// values itself lends what its policy needs and leaves the others null. store: the engine's own.
 struct RowAccess {
+  /// row [head_dim]: the key of a slot, rotated as it is stored.
   void (*load_key)(const void* store, PageId page, Slot slot, std::span<float> row) = nullptr;
+  /// row [value_dim]: the value of a slot.
   void (*load_value)(const void* store, PageId page, Slot slot, std::span<float> row) = nullptr;
+  /// lowest, highest [head_dim]: channel by channel, of the page's keys.
   void (*load_bounds)(const void* store, PageId page, std::span<float> lowest, std::span<float> highest) = nullptr;
+  /// sum [head_dim] of the page's keys.
   void (*load_key_sum)(const void* store, PageId page, std::span<float> sum) = nullptr;
-  /// bounds[page * group + q] for the pages given, resident order, or their largest for each page.
+  /// bounds [pages, group], or [pages], the largest of each: HeadPages::upper_bounds of the pages given.
+  /// padded_queries: [2, group, round_up(head_dim, 16)] working memory.
   void (*upper_bounds)(const void* store, std::span<const ResidentPage> pages, const QueryGroup& queries,
                        BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) = nullptr;
   /// magnitudes[page] for the pages given: no element of the page's keys is larger in magnitude.
@@ -80,29 +45,30 @@ struct RowAccess {
 
 /// What is the same for all heads of a layer.
 struct LayerContext {
-  Geometry geometry;
-  std::size_t layer = 0;
-  std::size_t page_budget = 0;       // resident pages a head may hold
-  std::size_t read_page_budget = 0;  // pages a selector may read
-  RowAccess rows;
-  float softmax_scale = 1.0F;
+  Geometry geometry;                 ///< of the layer
+  std::size_t layer = 0;             ///< CacheConfig::layer
+  std::size_t page_budget = 0;       ///< resident pages a head may hold
+  std::size_t read_page_budget = 0;  ///< pages a selector may read
+  RowAccess rows;                    ///< how stored rows are reached
+  float softmax_scale = 1.0F;        ///< what dot products are multiplied by
 };
 
 /// The resident pages of one kv head, oldest first, as seen by the newest token or by a query inside the prompt.
 class HeadPages {
  public:
+  /// What the container fills in, or the test of a policy.
   struct Storage {
-    const LayerContext* context = nullptr;
-    const LogitOptions* logits = nullptr;
-    const void* rows = nullptr;  // what the functions of RowAccess take first
-    std::size_t kv_head = 0;
-    Position prompt_end;
-    const PageTable* table = nullptr;
-    std::uint64_t evictions = 0;
-    std::span<float> scratch = {};
-    std::span<float> padded_queries = {};
-    std::span<const float> query_window = {};  // ring, [window, group, head_dim]
-    std::size_t queries_seen = 0;
+    const LayerContext* context = nullptr;     ///< the layer's
+    const LogitOptions* logits = nullptr;      ///< the layer's
+    const void* rows = nullptr;                ///< what the functions of RowAccess take first
+    std::size_t kv_head = 0;                   ///< which head of the layer
+    Position prompt_end;                       ///< one past the prompt's last token
+    const PageTable* table = nullptr;          ///< the head's
+    std::uint64_t evictions = 0;               ///< pages that the head has evicted
+    std::span<float> scratch = {};             ///< see scratch()
+    std::span<float> padded_queries = {};      ///< of RowAccess::upper_bounds
+    std::span<const float> query_window = {};  ///< ring, [window, group, head_dim]
+    std::size_t queries_seen = 0;              ///< since the head was emptied
   };
 
   /// Pages with positions below `end`; the last of them is the open page unless `has_open_page` is false.
@@ -119,20 +85,28 @@ class HeadPages {
   }
 
   // --- pages ---
-  std::size_t size() const { return size_; }
+
+  std::size_t size() const { return size_; }  ///< resident pages
+  /// Whether a token is being appended or attends; while a victim is looked for no page is open.
   bool has_open_page() const { return has_open_page_ && size_ > 0; }
+  /// The page of the newest token; there must be one. Always read, never a victim.
   PageIndex open_page() const {
     KVSPARSE_ASSERT(has_open_page());
     return {static_cast<std::uint32_t>(size_ - 1)};
   }
+  /// Whether it is the open page.
   bool is_open(PageIndex page) const { return has_open_page() && page == open_page(); }
+  /// Whether it is never a victim: a sink, or a page of a prompt that is pinned.
   bool is_pinned(PageIndex page) const { return table()[page].pinned; }
   /// Neither pinned nor open: a page that `victim` may name.
   bool is_evictable(PageIndex page) const { return !is_pinned(page) && !is_open(page); }
+  /// How many of all pages are pinned.
   std::size_t pinned_pages() const { return table().pinned_pages(); }
   /// Whether the page holds a token of the prompt, pinned or not.
   bool is_of_prompt(PageIndex page) const { return first_position(page) < storage_.prompt_end; }
+  /// Of the page's first token; the others follow it one by one.
   Position first_position(PageIndex page) const { return table()[page].first_position; }
+  /// Visible tokens of the page: page_size(), or less in the newest one.
   std::size_t tokens(PageIndex page) const {
     const std::int64_t visible = end_ - first_position(page);
     const std::size_t stored = table()[page].tokens;
@@ -191,13 +165,13 @@ class HeadPages {
     Iterator begin() const { return first; }
     Iterator end() const { return last; }
   };
-  /// All resident pages, oldest first. The range refers to this view.
+  /// All resident pages as PageIndex, oldest first. The range refers to this view.
   Range pages() const { return range(false); }
-  /// The evictable ones, oldest first.
+  /// The evictable ones as PageIndex, oldest first. The range refers to this view.
   Range evictable_pages() const { return range(true); }
 
   /// The page with the lowest score(page) among the `oldest` oldest evictable ones (default: all); ties go to the
-  /// oldest. Page 0 when none is evictable.
+  /// oldest. Page 0 when none is evictable. O(size()) calls.
   template <class Score>
   PageIndex lowest_evictable(Score&& score, std::size_t oldest = std::numeric_limits<std::size_t>::max()) const {
     PageIndex lowest{};
@@ -215,6 +189,7 @@ class HeadPages {
     return lowest;
   }
 
+  /// How many pages are evictable. O(1); O(size()) of a view that hides pages.
   std::size_t evictable_count() const {
     if (size_ == table().size()) {
       return size_ - pinned_pages() - (has_open_page() && !is_pinned(open_page()) ? 1 : 0);
@@ -246,13 +221,16 @@ class HeadPages {
   }
 
   // --- identity and limits ---
-  const Geometry& geometry() const { return storage_.context->geometry; }
-  std::size_t page_size() const { return geometry().page_size; }
-  std::size_t head_dim() const { return geometry().head_dim; }
-  std::size_t value_dim() const { return geometry().dim_of_values(); }
-  std::size_t kv_head() const { return storage_.kv_head; }
-  std::size_t layer() const { return storage_.context->layer; }
+
+  const Geometry& geometry() const { return storage_.context->geometry; }  ///< of the layer
+  std::size_t page_size() const { return geometry().page_size; }           ///< tokens of a page
+  std::size_t head_dim() const { return geometry().head_dim; }             ///< elements of a key
+  std::size_t value_dim() const { return geometry().dim_of_values(); }     ///< elements of a value
+  std::size_t kv_head() const { return storage_.kv_head; }                 ///< which head of the layer
+  std::size_t layer() const { return storage_.context->layer; }            ///< CacheConfig::layer
+  /// Pages the head may hold: those of budget_tokens, or of max_tokens where the policy evicts nothing.
   std::size_t page_budget() const { return storage_.context->page_budget; }
+  /// Pages a query of the head may read: those of read_budget_tokens.
   std::size_t read_page_budget() const { return storage_.context->read_page_budget; }
   /// Pages this head has evicted so far: the counter of counter-based random numbers.
   std::uint64_t evictions() const { return storage_.evictions; }
@@ -262,6 +240,7 @@ class HeadPages {
   const LogitOptions& logits() const { return *storage_.logits; }
 
   // --- stored data, as floats ---
+
   /// row: [head_dim]. O(head_dim).
   void load_key(PageIndex page, Slot slot, std::span<float> row) const {
     KVSPARSE_ASSERT(rows().load_key != nullptr);
@@ -272,12 +251,12 @@ class HeadPages {
     KVSPARSE_ASSERT(rows().load_value != nullptr);
     rows().load_value(storage_.rows, table()[page].page, slot, row);
   }
-  /// lowest, highest: [head_dim], channel-wise over the page's keys. Needs page_summary = min_max.
+  /// lowest, highest: [head_dim], channel-wise over the page's keys. Needs page_summary = min_max. O(head_dim).
   void load_bounds(PageIndex page, std::span<float> lowest, std::span<float> highest) const {
     KVSPARSE_ASSERT(rows().load_bounds != nullptr);
     rows().load_bounds(storage_.rows, table()[page].page, lowest, highest);
   }
-  /// mean: [head_dim] mean of the page's keys. Needs page_summary = mean.
+  /// mean: [head_dim] mean of the page's keys. Needs page_summary = mean. O(head_dim).
   void load_mean_key(PageIndex page, std::span<float> mean) const {
     rows().load_key_sum(storage_.rows, table()[page].page, mean);
     for (float& element : mean) element /= static_cast<float>(table()[page].tokens);
@@ -305,6 +284,7 @@ class HeadPages {
     return {storage_.query_window.data() + at * row, geometry().group(), head_dim(), head_dim(),
             storage_.context->softmax_scale};
   }
+  /// How many of them there are: up to the query_window trait's number.
   std::size_t recent_query_count() const {
     const std::size_t window = storage_.query_window.size() / (geometry().group() * head_dim());
     return storage_.queries_seen < window ? storage_.queries_seen : window;
@@ -333,15 +313,18 @@ class HeadPages {
 template <class Policy>
 class HeadView : public HeadPages {
  public:
+  /// page_states: that of page 0, the others state_stride bytes apart; head_state: a HeadState<Policy>.
   HeadView(const HeadPages& pages, void* page_states, std::size_t state_stride, void* head_state)
       : HeadPages(pages),
         page_states_(static_cast<std::byte*>(page_states)),
         state_stride_(state_stride),
         head_state_(head_state) {}
 
+  /// What the policy keeps of the page; it may write there in verbs that may write state.
   PageState<Policy>& state(PageIndex page) const {
     return *reinterpret_cast<PageState<Policy>*>(page_states_ + page.value * state_stride_);
   }
+  /// What the policy keeps of the head; it may write there as in state().
   HeadState<Policy>& head_state() const { return *static_cast<HeadState<Policy>*>(head_state_); }
 
   /// The same pages for a policy whose states are members of this one's (compositions).
@@ -363,12 +346,15 @@ class HeadView : public HeadPages {
 template <class Policy>
 class LayerView {
  public:
-  using HeadOf = HeadView<Policy> (*)(void* owner, std::size_t kv_head);
+  using HeadOf = HeadView<Policy> (*)(void* owner, std::size_t kv_head);  ///< the owner's view of a head
+  /// The container's; state: the layer's.
   LayerView(void* owner, HeadOf head_of, std::size_t heads, LayerState<Policy>& state)
       : owner_(owner), head_of_(head_of), heads_(heads), state_(&state) {}
 
-  std::size_t heads() const { return heads_; }
+  std::size_t heads() const { return heads_; }  ///< kv heads
+  /// One of them; kv_head < heads().
   HeadView<Policy> head(std::size_t kv_head) const { return head_of_(owner_, kv_head); }
+  /// What the policy keeps of the layer; it may write there as in HeadView::state().
   LayerState<Policy>& layer_state() const { return *state_; }
 
  private:

@@ -30,7 +30,7 @@ struct Kindred {
   static constexpr std::string_view name = "kindred";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
   static constexpr bool reads_rows = true;
-  static constexpr std::size_t max_channels = 256;
+  static constexpr std::size_t max_channels = 256;  ///< of a value, the first ones, that likeness looks at
 
   struct Options {
     double alpha = 0.01;      ///< a page is used when its mass, under any query head of the group, exceeds this

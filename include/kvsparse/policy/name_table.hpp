@@ -38,6 +38,7 @@
 
 namespace kvsparse {
 
+/// Types to compile caches for.
 template <class... Policies>
 struct PolicyList {};
 
@@ -112,11 +113,12 @@ using PartOfPolicies = typename detail::EveryNth<List, Part, Parts, decltype(det
 
 /// What a caller may want to know of a named policy before it configures a cache.
 struct PolicyFacts {
-  bool evicts = false;   ///< budget_tokens caps residency; without it the policy keeps max_tokens
-  bool selects = false;  ///< read_budget_tokens caps reads
-  std::vector<std::string> option_keys;
+  bool evicts = false;                   ///< budget_tokens caps residency; without it the policy keeps max_tokens
+  bool selects = false;                  ///< read_budget_tokens caps reads
+  std::vector<std::string> option_keys;  ///< what OptionSetting::key may be
 };
 
+/// Of a policy known by type.
 template <class Policy>
 PolicyFacts policy_facts() {
   return {Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
@@ -140,14 +142,14 @@ std::optional<PolicyFacts> find_policy_facts(std::string_view name) {
   return facts;
 }
 
-/// Lists the known names.
+/// The error for a name that no policy has: its sentence lists the known names.
 inline ConfigError unknown_policy(std::string_view name) {
   std::string known;
   for (const std::string& policy : policy_names()) known += (known.empty() ? "" : ", ") + policy;
   return ConfigError("unknown policy " + std::string(name) + "; known are " + known);
 }
 
-/// Throws ConfigError, listing the known names, if there is no such policy.
+/// Of the policy of that name. Throws ConfigError, listing the known names, if there is none.
 inline PolicyFacts policy_facts(std::string_view name) {
   std::optional<PolicyFacts> facts = find_policy_facts<NamedPolicies>(name);
   if (!facts) KVSPARSE_THROW(unknown_policy(name));

@@ -16,8 +16,8 @@ namespace kvsparse {
 
 /// One --set key=value.
 struct OptionSetting {
-  std::string key;
-  std::string value;
+  std::string key;    ///< of option_keys, such as "alpha"
+  std::string value;  ///< a number, true or false, or a name of an enum's
 };
 
 namespace detail {

@@ -109,17 +109,20 @@
 
 namespace kvsparse {
 
+/// Trait scope: what evicts together.
 enum class PolicyScope { kv_head, layer };
+/// Trait granularity: what select may leave out.
 enum class PolicyGranularity { page, token };
+/// Trait selection: whose queries read together.
 enum class SelectionScope { kv_head, query_head };
 
 /// Of `judged` pages looked at since the last clear, `used` were found used.
 struct PagesUsed {
-  std::uint64_t used = 0;
-  std::uint64_t judged = 0;
+  std::uint64_t used = 0;    ///< of them
+  std::uint64_t judged = 0;  ///< pages, once for each step that judged them
 };
 
-/// The verbs as concepts, for a policy author to static_assert on.
+/// A verb of the contract as a concept, for a policy author to static_assert on.
 template <class P>
 concept HeadEvictor = requires(const P policy, HeadView<P> head) {
   { policy.victim(head) } -> std::same_as<PageIndex>;
@@ -193,8 +196,11 @@ concept HasOptions = requires(P policy) {
   policy.options.visit([](std::string_view, auto&) {});
 };
 
+/// A policy's traits as the container asks for them.
 namespace traits {
 
+/// What the policy says of the trait of that name, or the contract's default.
+/// @{
 template <class P>
 constexpr PolicyScope scope() {
   if constexpr (requires { P::scope; }) {
@@ -363,6 +369,8 @@ constexpr std::size_t pinned_pages(const P& policy, const Geometry& geometry) {
     return 0;
   }
 }
+/// @}
+
 /// A sentence on what is wrong with the policy's options; empty when nothing is.
 template <class P>
 std::string options_problem(const P& policy) {

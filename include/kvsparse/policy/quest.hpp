@@ -18,13 +18,15 @@ struct Quest {
   static constexpr std::string_view name = "quest";
   static constexpr PageSummary page_summary = PageSummary::min_max;
 
+  /// Whose bound ranks a page: the largest in the query group, or each query head's own.
   enum class Pool { max, query_head };
+  /// Which pages are chosen among.
   enum class Over { all, prompt };
   static constexpr std::string_view names_of(Pool) { return "max|query_head"; }
   static constexpr std::string_view names_of(Over) { return "all|prompt"; }
 
   struct Options {
-    Pool pool = Pool::max;
+    Pool pool = Pool::max;  ///< query_head: a selection for each query head
     Over over = Over::all;  ///< what is chosen among; pages without a token of the prompt are all read under `prompt`
     void visit(auto&& field) {
       field("pool", pool);

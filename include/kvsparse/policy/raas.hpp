@@ -20,16 +20,18 @@ struct Raas {
   static constexpr std::string_view name = "raas";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
 
+  /// Which pages count as used: those above a score, or a share of them, the best.
   enum class Used { alpha, rank };
+  /// What the score is: a page's mass, or its share of the softmax over Quest's bounds.
   enum class Evidenced { exact_mass, quest_bound };
   static constexpr std::string_view names_of(Used) { return "alpha|rank"; }
   static constexpr std::string_view names_of(Evidenced) { return "exact_mass|quest_bound"; }
 
   struct Options {
-    Used used = Used::alpha;
-    double alpha = 0.01;  ///< used = alpha: a page is used when its score exceeds this
-    double r = 0.5;       ///< used = rank: the share of the evictable pages that count as used
-    Evidenced evidence = Evidenced::exact_mass;
+    Used used = Used::alpha;                     ///< what makes a page used
+    double alpha = 0.01;                         ///< used = alpha: a page is used when its score exceeds this
+    double r = 0.5;                              ///< used = rank: the share of the evictable pages that count as used
+    Evidenced evidence = Evidenced::exact_mass;  ///< what its score is
     bool pin_prompt = true;
 
     void visit(auto&& field) {

@@ -19,17 +19,18 @@ namespace kvsparse {
 
 /// One page to read. The defaults read the whole page as it is.
 struct SelectedPage {
-  PageIndex page;
+  PageIndex page;  ///< which resident page
   /// Bit s set: slot s is read. Empty: all. From Selection::token_mask.
   std::span<const std::uint64_t> tokens = {};
-  /// log of how many tokens each token of the page stands for, in the denominator and in the numerator (SubGen keeps
-  /// two).
+  /// log of how many tokens each token of the page stands for, in the softmax's denominator.
   float log_weight = 0.0F;
+  /// The same in the numerator; SubGen keeps two.
   float value_log_weight = 0.0F;
   /// The query is rotated back by this many positions before it meets the page (StreamingLLM's in-cache positions).
   std::int64_t rotate_back = 0;
 };
 
+/// The pages that a query reads, each once. No verb allocates, throws or locks after construction.
 class Selection {
  public:
   /// Room for `pages` pages; for their token masks too when the policy's granularity is token.
@@ -51,6 +52,7 @@ class Selection {
   Selection(Selection&&) noexcept = default;
   Selection& operator=(Selection&&) noexcept = default;
 
+  /// Bytes that construction allocates.
   static std::size_t bytes_required(std::size_t pages, std::size_t page_size, bool token_masks) {
     const std::size_t words = token_masks ? divide_up(page_size, 64) : 0;
     return pages * (sizeof(SelectedPage) + 1 + words * sizeof(std::uint64_t)) +
@@ -62,8 +64,9 @@ class Selection {
     entries_.clear();
     selected_.assign(resident, 0);
   }
-  std::size_t resident_pages() const { return selected_.size(); }
-  std::span<const SelectedPage> pages() const { return entries_; }
+  std::size_t resident_pages() const { return selected_.size(); }   ///< pages to choose among
+  std::span<const SelectedPage> pages() const { return entries_; }  ///< those chosen so far
+  /// Whether the page, or part of it, is chosen.
   bool contains(PageIndex page) const { return selected_[page.value] != 0; }
 
   /// Reads a page; adding one twice has no effect.
@@ -74,6 +77,7 @@ class Selection {
     entries_.push_back(selected);
   }
   void add(PageIndex page) { add(SelectedPage{page, {}, 0.0F, 0.0F, 0}); }
+  /// Reads every resident page.
   void add_all() {
     for (std::uint32_t page = 0; page < selected_.size(); ++page) add(PageIndex{page});
   }
@@ -162,6 +166,7 @@ class Selection {
 /// What `trim` writes: pages to give up. Pinned and open pages are passed over.
 class PageList {
  public:
+  /// Room for so many entries, allocated here.
   explicit PageList(std::size_t capacity) { pages_.reserve(capacity); }
   PageList(const PageList& other) { pages_.reserve(other.pages_.capacity()); }
   PageList& operator=(const PageList& other) {
@@ -170,12 +175,13 @@ class PageList {
   }
   PageList(PageList&&) noexcept = default;
   PageList& operator=(PageList&&) noexcept = default;
-  void clear() { pages_.clear(); }
+  void clear() { pages_.clear(); }  ///< no page
+  /// One more. There is room for each resident page once; what is too much is left out.
   void add(PageIndex page) {
     KVSPARSE_ASSERT(pages_.size() < pages_.capacity());
     if (pages_.size() < pages_.capacity()) pages_.push_back(page);
   }
-  std::span<const PageIndex> pages() const { return pages_; }
+  std::span<const PageIndex> pages() const { return pages_; }  ///< as they were added
   /// Each page once. Sorts in place.
   std::span<const PageIndex> newest_first() {
     std::sort(pages_.begin(), pages_.end(), std::greater<>());

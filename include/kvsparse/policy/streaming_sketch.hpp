@@ -123,6 +123,7 @@ struct BasicStreamingSketch {
   }
 };
 
+/// The policy of the name table.
 using StreamingSketch = BasicStreamingSketch<64, 128>;
 
 }  // namespace kvsparse
