@@ -21,7 +21,7 @@ case "${1:-}" in
 esac
 
 packages=(build-essential g++ clang clang-format-14 clang-tidy-14 cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
-  libcli11-dev libicu-dev libopenmpi-dev openmpi-bin python3 python3-numpy python3-regex
+  libcli11-dev libicu-dev libopenmpi-dev openmpi-bin pkgconf python3 python3-numpy python3-regex
   g++-aarch64-linux-gnu qemu-user googletest)
 
 . examples/common/debian_packages.sh

@@ -26,7 +26,7 @@ POLICY_CONTRACT = {"policy.hpp", "contract_check.hpp", "head_view.hpp", "selecti
                    "name_table.hpp", "mass_bounds.hpp", "state.hpp"}
 LONGEST_HEADER, LONGEST_POLICY = 430, 150
 SPDX = "SPDX-License-Identifier: Apache-2.0"
-WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-pedantic", "-Werror"]
 
 
 def repository_files():
