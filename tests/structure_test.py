@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the house: floors, lengths, licences, the top level, and that every header stands on its own.
+"""Checks the house: floors, lengths, licences, the top level, presets, and that every header stands on its own.
 
     structure_test.py COMPILER [FLAG...]
 """
 import concurrent.futures
+import json
 import os
 import pathlib
 import re
@@ -114,6 +115,20 @@ def check_macros():
                 yield f"{header.relative_to(ROOT)}: the macro {name} does not start with KVSPARSE_"
 
 
+def check_presets():
+    """What an IDE offers: each way to configure says what it is, and can be built."""
+    presets = json.loads((ROOT / "CMakePresets.json").read_text())
+    built = {preset["configurePreset"] for preset in presets["buildPresets"]}
+    for preset in presets["configurePresets"]:
+        if preset.get("hidden"):
+            continue
+        for key in ("displayName", "description"):
+            if not preset.get(key):
+                yield f"CMakePresets.json: the configure preset {preset['name']} has no {key}"
+        if preset["name"] not in built:
+            yield f"CMakePresets.json: no build preset is for {preset['name']}"
+
+
 def compile_alone(compiler, flags, header):
     """Twice in a row, so that a missing #pragma once shows as well."""
     name = header.relative_to(LIBRARY.parent).as_posix()
@@ -128,7 +143,7 @@ def main():
     compiler, flags = sys.argv[1], sys.argv[2:]
     files = repository_files()
     problems = [*check_floors(), *check_eigen(), *check_lengths(), *check_licences(files), *check_top_level(files),
-                *check_macros()]
+                *check_macros(), *check_presets()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(lambda header: list(compile_alone(compiler, flags, header)), headers()):
             problems += found
