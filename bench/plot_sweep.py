@@ -22,6 +22,7 @@ LOOKS = {
     "streaming_llm": ("StreamingLLM", GREEN, "P", True),
     "tova": ("TOVA", ORANGE, "^", True),
     "snap_kv": ("SnapKV", PINK, "v", True),
+    "ada_kv": ("Ada-KV, heads share the budget", SKY, "P", True),
     "r_kv": ("R-KV", BROWN, "p", True),
     "lazy_eviction": ("LazyEviction", ORANGE, "o", False),
     "lrfu": ("LRFU", PINK, "s", False),
@@ -113,6 +114,7 @@ def sweep(options):
     rows = legend_below(figure, (kept, error), columns=4)
     note = ("Solid lines evict: the budget is what stays. Dashed lines keep everything: the budget is what a query "
             "reads of it. A line begins at the first budget that the policy takes. No choice of as many tokens holds "
-            "more mass than Oracle's, no evictor of pages keeps more than the clairvoyant; grey: from Random to there.")
+            "more mass than Oracle's, no evictor of pages keeps more than the clairvoyant with the same budget for every head; "
+            "grey: from Random to there.")
     finish(figure, "Kept and lost of one layer's attention, between the ceilings and the floor",
            options.output / "sweep.png", legend_rows=rows, note=note, grows=True)

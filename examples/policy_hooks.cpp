@@ -153,6 +153,23 @@ struct AllHeadsTogether {
   PageIndex victim(LayerView<AllHeadsTogether> layer) const { return *layer.head(0).evictable_pages().begin(); }
 };
 
+// scope shared_budget, budget_floor: heads hold what they need of one budget. HeadPage names the head that gives.
+struct SharesByNeed {
+  static constexpr std::string_view name = "shares_by_need";
+  static constexpr PolicyScope scope = PolicyScope::shared_budget;
+  static constexpr double budget_floor = 0.25;
+  static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
+  struct PageState {
+    float mass = 0.0F;
+  };
+  void observe(HeadView<SharesByNeed> head, const Evidence& step) const {
+    for (const PageIndex page : head.pages()) head.state(page).mass = step.group_mass(page);
+  }
+  HeadPage victim(LayerView<SharesByNeed> layer) const {
+    return layer.lowest_evictable([](const auto& head, PageIndex page) { return head.state(page).mass; });
+  }
+};
+
 // on_evict, HeadState, residual: what goes leaves something behind, which later queries are given.
 struct RemembersTheMeanValue {
   static constexpr std::string_view name = "remembers_the_mean_value";
@@ -286,6 +303,7 @@ int main() {
   decode<HalvesTheCache>();
   decode<JudgedOnce>();
   decode<AllHeadsTogether>();
+  decode<SharesByNeed>();
   decode<RemembersTheMeanValue>();
   decode<Counts>();
   decode<CountsResidentsAlone>();

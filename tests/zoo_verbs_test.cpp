@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kvsparse/interop/snapshot.hpp"
+#include "kvsparse/policy/ada_kv.hpp"
 #include "kvsparse/policy/certified.hpp"
 #include "kvsparse/policy/clustered.hpp"
 #include "kvsparse/policy/half_space.hpp"
@@ -41,6 +42,11 @@ void for_zoo(Visit&& visit) {
   visit(KeyDiff{});
   visit(Lrfu{});
   visit(Tova{});
+  AdaKv ada;
+  ada.options.window = 4;
+  visit(ada);
+  ada.options.safeguard = 0.0;
+  visit(ada);
   LazyEviction lazy;
   lazy.options.window = 4;
   visit(lazy);
@@ -152,15 +158,19 @@ void expect_order_without_numbers(const Policy& policy, std::size_t page_size, s
     ASSERT_TRUE(status.ok()) << status.message();
     std::vector<float> out(query_heads * head_dim);
     ASSERT_TRUE(attend(cache, std::span<const float>(token.q), out).ok());
+    const std::size_t most = Evictor<Policy> ? config.budget_tokens : config.max_tokens;
+    std::size_t held_by_all = 0;
     for (std::size_t h = 0; h < kv_heads; ++h) {
       const std::vector<Position> held = cache.resident_positions(h), read = cache.read_positions(h);
-      ASSERT_LE(held.size(), Evictor<Policy> ? config.budget_tokens : config.max_tokens);
+      held_by_all += held.size();
+      ASSERT_LE(held.size(), SharedBudgetEvictor<Policy> ? kv_heads * most : most);
       ASSERT_EQ(held.back(), Position{static_cast<std::int64_t>(t)});
       ASSERT_TRUE(std::includes(held.begin(), held.end(), read.begin(), read.end()));
       ASSERT_FALSE(read.empty());
       const std::size_t pinned = traits::pin_prompt(policy) ? std::min(prompt, t + 1) : 0;
       for (std::size_t i = 0; i < pinned; ++i) ASSERT_EQ(held[i], Position{static_cast<std::int64_t>(i)});
     }
+    ASSERT_LE(held_by_all, kv_heads * most);
   }
 }
 

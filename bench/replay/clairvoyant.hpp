@@ -2,7 +2,8 @@
 // Clairvoyant: gives up the pages that the rest of the trace wants least. No policy of the library, because it needs
 // the future: what Oracle is to selectors, this is to evictors, the ceiling of comparisons.
 //
-// It loses the least attention mass that any evictor of whole pages can lose with that budget: the mass of a page's
+// It loses the least attention mass that any evictor of whole pages can lose with that budget in every head (AdaKv's
+// heads share theirs, and may lose less): the mass of a page's
 // dense attention over the decode queries still to come, summed over the query heads of its group, is what giving it up
 // costs, and BestEvictions finds the evictions whose costs sum to the least. It is a ceiling of the mass kept alone: it
 // knows nothing of values, nor how the softmax grows on what is left, so that another policy may come by a smaller

@@ -148,6 +148,11 @@ struct LayerVictim : Named {
   static constexpr PolicyScope scope = PolicyScope::layer;
   PageIndex victim(HeadView<LayerVictim>) const { return {}; }
 };
+// EXPECT victim of a policy whose heads share a budget has the wrong signature.
+struct SharedBudgetVictim : Named {
+  static constexpr PolicyScope scope = PolicyScope::shared_budget;
+  PageIndex victim(LayerView<SharedBudgetVictim>) const { return {}; }
+};
 // EXPECT trim has the wrong signature.
 struct Trim : Evicting<Trim> {
   void trim(HeadView<Trim>) const {}
@@ -265,6 +270,12 @@ struct PinPromptNotConst : Evicting<PinPromptNotConst> {
 struct InCachePositionsNotConst : Evicting<InCachePositionsNotConst> {
   bool in_cache_positions() { return true; }
 };
+// EXPECT the trait budget_floor has the wrong type.
+struct BudgetFloorNotConst : Named {
+  static constexpr PolicyScope scope = PolicyScope::shared_budget;
+  HeadPage victim(LayerView<BudgetFloorNotConst>) const { return {}; }
+  double budget_floor() { return 0.5; }
+};
 // EXPECT the trait reads_rows has the wrong type.
 struct ReadsRowsIsAsked : Named {
   bool reads_rows() const { return true; }
@@ -305,7 +316,7 @@ struct SelectMoreOfNothing : Named {
 struct StepEndOfAHead : Named {
   void on_step_end(LayerView<StepEndOfAHead>) const {}
 };
-// EXPECT trim works head by head, but scope = layer evicts all heads together.
+// EXPECT trim works head by head, but under this scope heads evict together.
 struct TrimOfALayer : Named {
   static constexpr PolicyScope scope = PolicyScope::layer;
   PageIndex victim(LayerView<TrimOfALayer>) const { return {}; }
@@ -314,6 +325,14 @@ struct TrimOfALayer : Named {
 // EXPECT scope = layer promises a shared victim.
 struct LayerWithoutVictim : Named {
   static constexpr PolicyScope scope = PolicyScope::layer;
+};
+// EXPECT scope = shared_budget promises a victim of any head.
+struct SharedBudgetWithoutVictim : Named {
+  static constexpr PolicyScope scope = PolicyScope::shared_budget;
+};
+// EXPECT the trait budget_floor is for heads that share a budget.
+struct FloorOfAHead : Evicting<FloorOfAHead> {
+  static constexpr double budget_floor = 0.5;
 };
 // EXPECT the trait selection promises a verb that is missing.
 struct SelectionWithoutSelect : Named {

@@ -76,6 +76,17 @@ struct Layered {
   PageIndex victim(const LayerView<Layered>& layer) const { return *layer.head(0).evictable_pages().begin(); }
 };
 
+/// Heads that share a budget.
+struct Shared {
+  static constexpr std::string_view name = "shared";
+  static constexpr PolicyScope scope = PolicyScope::shared_budget;
+  static constexpr double budget_floor = 0.5;
+  void on_step_end(LayerView<Shared>) const {}
+  HeadPage victim(LayerView<Shared> layer) const {
+    return layer.lowest_evictable([](const HeadView<Shared>&, PageIndex) { return 0; });
+  }
+};
+
 template <class Policy>
 void use() {
   PagedKvCache<Policy, Half> cache(CacheConfig{});
@@ -92,7 +103,10 @@ int main() {
   use<Whole>();
   use<Layered>();
   use<Compose<Layered, Quest>>();
+  use<Shared>();
+  use<Compose<Shared, Quest>>();
   static_assert(HeadEvictor<Whole> && !LayerEvictor<Whole> && LayerEvictor<Layered> && Evictor<Layered>);
+  static_assert(SharedBudgetEvictor<Shared> && !HeadEvictor<Shared> && !LayerEvictor<Shared> && Evictor<Shared>);
   static_assert(!Evictor<Least> && !Selector<Least> && !Observer<Least>);
   static_assert(Selector<Whole> && RepeatedSelector<Whole> && Trimmer<Whole> && ResidualProvider<Whole>);
 }

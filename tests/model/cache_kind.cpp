@@ -56,6 +56,10 @@ void draw_settings(CacheKind& kind, const std::vector<std::string>& keys, TestRn
   if (has("used") && rng.below(2) == 0) set("used", "rank");
   if (has("pool") && kind.geometry().group() == 1 && rng.below(2) == 0) set("pool", "query_head");
   if (has("evidence") && rng.below(3) == 0) set("evidence", "quest_bound");
+  if (has("safeguard")) {
+    kind.budget_floor = 0.25 * rng.below(5);
+    set("safeguard", std::to_string(kind.budget_floor));
+  }
   kind.trims = has("period") || has_part(kind.policy, "lazy_eviction");
 }
 
@@ -66,6 +70,7 @@ CacheKind try_kind(std::string_view policy, ScalarType scalar, const PoolShape& 
   kind.scalar = scalar;
   kind.evicts = facts.evicts;
   kind.selects = facts.selects;
+  kind.shares_budget = facts.shares_budget;
   const auto is_any_of = [&](std::initializer_list<std::string_view> parts) {
     return std::any_of(parts.begin(), parts.end(), [&](std::string_view part) { return has_part(policy, part); });
   };

@@ -26,6 +26,8 @@ struct CacheKind {
   bool answers_for_gone = false;  ///< an answer is more than the softmax over what is read
   bool trims = false;
   bool pins_prompt = false;
+  bool shares_budget = false;  ///< among the heads of the layer
+  double budget_floor = 0;     ///< that each is left with then
   std::size_t sink_pages = 0;
 
   kvsparse::AnyCache make() const;
@@ -36,6 +38,11 @@ struct CacheKind {
   /// As configured.
   std::size_t page_budget() const {
     return evicts ? config.budget_tokens / config.page_size : geometry().pages_for(config.max_tokens);
+  }
+  /// Pages that a head keeps once it had them, where heads share a budget.
+  std::size_t page_floor() const {
+    const auto share = static_cast<std::size_t>(budget_floor * static_cast<double>(page_budget()));
+    return std::max<std::size_t>(1, share);
   }
   /// Pages that can never be victims once so many tokens of the prompt came; 0 where the prompt gives way.
   std::size_t pages_pinned_by(std::size_t prompt) const {

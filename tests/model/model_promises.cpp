@@ -168,8 +168,17 @@ void ModelWorld::check_pages(const Entry& entry, std::size_t head) const {
   const std::size_t settled = geometry().pages_for(model.length() - model.drafts);
   const std::size_t budget = kind.page_budget_after(model.prompt);
   const std::size_t most = std::min(settled, budget) + opened - settled;
-  require(table.size() <= most, table.size(), " pages are resident; ", most, " may be");
-  require(kind.trims || table.size() == most, table.size(), " pages are resident; ", most, " fit");
+  if (kind.shares_budget) {
+    const std::size_t least = std::min(settled, kind.page_floor()) + opened - settled;
+    require(table.size() >= least, table.size(), " pages are resident; ", least, " at least are left to each head");
+    std::size_t pages = 0;
+    for (const detail::HeadImage& other : entry.image.heads) pages += other.table->size();
+    require(pages == geometry().kv_heads * most, pages, " pages of all heads are resident; ",
+            geometry().kv_heads * most, " fit");
+  } else {
+    require(table.size() <= most, table.size(), " pages are resident; ", most, " may be");
+    require(kind.trims || table.size() == most, table.size(), " pages are resident; ", most, " fit");
+  }
   require(!kind.evicts || !model.prompt_ended || pinned + kind.decode_pages() <= budget, pinned,
           " pinned pages leave no room to decode in ", budget);
   require(*entry.image.heads[head].evictions == opened - table.size(), *entry.image.heads[head].evictions,
@@ -225,17 +234,21 @@ void ModelWorld::check_stats(const Entry& entry) const {
   const CacheStats stats = entry.cache.stats();
   const std::size_t bytes_per_page = std::visit([](const auto& pool) { return pool.bytes_per_page(); }, pool_);
   std::size_t most_tokens = 0;
+  std::size_t tokens = 0;
   std::size_t pages = 0;
   std::size_t shared = 0;
   std::size_t evicted = 0;
   for (const detail::HeadImage& head : entry.image.heads) {
     most_tokens = std::max(most_tokens, head.table->resident_tokens());
+    tokens += head.table->resident_tokens();
     pages += head.table->size();
     evicted += entry.model.length() - head.table->resident_tokens();
     for (std::uint32_t i = 0; i < head.table->size(); ++i) {
       shared += entry.image.pages.is_shared(entry.image.pages.store, (*head.table)[{i}].page) ? 1 : 0;
     }
   }
+  const std::size_t heads = geometry().kv_heads;
+  if (entry.kind->shares_budget) most_tokens = tokens / heads + (tokens % heads == 0 ? 0 : 1);
   require(stats.tokens == entry.model.length(), "stats().tokens is ", stats.tokens);
   require(stats.resident_tokens == most_tokens, "stats().resident_tokens is ", stats.resident_tokens);
   require(stats.peak_resident_tokens >= most_tokens, "the peak of tokens is below what is resident");

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "naive_replay.hpp"
@@ -80,6 +81,7 @@ struct Policy {
   bool pin_prompt = false;
   int pinned_pages = 0;
   bool layer_scope = false;
+  int floor_pages = 0;  // of a head, where heads share their budget; 0: each has its own
   /// The evictable page with the lowest goes; ties: the oldest.
   std::function<double(const Run&, int head, const Page&)> score;
   /// Called before a trim, at the end of the prompt and every `period` decode steps (0: at the end of the prompt only).
@@ -144,13 +146,43 @@ inline void trim(Run& run, const Policy& policy, bool has_open_page) {
   }
 }
 
+/// The page with the lowest score of all heads that hold as many as the floor; ties: the oldest page, the lowest head.
+inline void evict_lowest_of_layer(Run& run, const Policy& policy) {
+  struct Candidate {
+    double score;
+    int first;
+    int head;
+    std::size_t index;
+    bool operator<(const Candidate& other) const {
+      return std::tie(score, first, head) < std::tie(other.score, other.first, other.head);
+    }
+  };
+  std::vector<Candidate> candidates;
+  for (int h = 0; h < run.trace->kv_heads; ++h) {
+    const std::vector<Page>& pages = run.heads[static_cast<std::size_t>(h)].pages;
+    if (static_cast<int>(pages.size()) < policy.floor_pages) continue;
+    for (std::size_t i = 0; i < pages.size(); ++i) {
+      if (!pages[i].pinned) candidates.push_back({policy.score(run, h, pages[i]), pages[i].first, h, i});
+    }
+  }
+  const Candidate lowest = *std::min_element(candidates.begin(), candidates.end());
+  for (const Candidate& other : candidates) {
+    for (Head& head : run.heads) note_order(head, lowest.score, other.score);
+  }
+  evict(run, lowest.head, {lowest.index});
+}
+
 inline void append(Run& run, const Policy& policy) {
   const NaiveTrace& trace = *run.trace;
   const bool opens = run.t % run.page_size == 0;
   const int decoded = run.t - trace.prompt_tokens;
   if (decoded == 0 && trace.prompt_tokens > 0) trim(run, policy, true);
   if (policy.period > 0 && decoded > 0 && decoded % policy.period == 0) trim(run, policy, !opens);
-  if (opens && policy.score) {
+  if (opens && policy.floor_pages > 0) {
+    int held = trace.kv_heads;  // with the pages that open now
+    for (const Head& head : run.heads) held += static_cast<int>(head.pages.size());
+    for (; held > trace.kv_heads * run.budget_pages; --held) evict_lowest_of_layer(run, policy);
+  } else if (opens && policy.score) {
     std::vector<std::vector<std::size_t>> victims;
     for (int h = 0; h < trace.kv_heads; ++h) {
       const bool full = static_cast<int>(run.heads[static_cast<std::size_t>(h)].pages.size()) == run.budget_pages;

@@ -10,8 +10,8 @@ namespace {
 
 using namespace kvsparse;
 
-using UnnamedCompositions =
-    PolicyList<Compose<Lrfu, Quest>, Compose<Tova, HierarchicalTopK>, Compose<LazyEviction, HalfSpace>>;
+using UnnamedCompositions = PolicyList<Compose<Lrfu, Quest>, Compose<AdaKv, Quest>, Compose<Tova, HierarchicalTopK>,
+                                       Compose<LazyEviction, HalfSpace>>;
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Caches by name, of compositions too that have none in the library's table: lrfu+quest, tova+hierarchical_top_k,
-// lazy_eviction+half_space, in f32 and f16.
+// Caches by name, of compositions too that have none in the library's table: lrfu+quest, ada_kv+quest,
+// tova+hierarchical_top_k, lazy_eviction+half_space, in f32 and f16.
 #pragma once
 
 #include <span>

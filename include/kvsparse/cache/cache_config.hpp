@@ -2,6 +2,7 @@
 // How large a cache is, what it does with a long prompt, and what it reports.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +37,8 @@ struct CacheConfig {
   /// take no values then. Keys and values are of one storage type.
   bool values_in_keys = false;
   std::size_t page_size = 16;  ///< tokens of one kv head that come and go together, 1 .. 256
-  /// Evicting policies: cap on resident tokens, prompt included, in whole pages (rounded down).
+  /// Evicting policies: cap on resident tokens, prompt included, in whole pages (rounded down). Where heads share their
+  /// budget (PolicyScope::shared_budget), the cap on the mean over the heads.
   std::size_t budget_tokens = 0;
   /// Selecting policies: cap on tokens read by a query, in whole pages; 0 means budget_tokens.
   std::size_t read_budget_tokens = 0;
@@ -61,7 +63,7 @@ struct CacheConfig {
 /// Counters since construction or the last clear().
 struct CacheStats {
   std::size_t tokens = 0;                ///< appended so far: the sequence's length
-  std::size_t resident_tokens = 0;       ///< largest over the kv heads
+  std::size_t resident_tokens = 0;       ///< largest over the kv heads; the mean, rounded up, where they share a budget
   std::size_t peak_resident_tokens = 0;  ///< the most there were of them
   std::size_t resident_bytes = 0;        ///< pages, summaries and policy state of the resident pages, all kv heads
   std::size_t peak_resident_bytes = 0;   ///< the most there were of them
@@ -80,8 +82,10 @@ namespace detail {
 /// A validated configuration: what the container allocates and enforces.
 struct CachePlan {
   Geometry geometry;
-  std::size_t page_budget = 0;    // resident pages of a head
+  std::size_t page_budget = 0;    // resident pages of a head; on average, where heads share the budget
   std::size_t page_capacity = 0;  // those there is memory for: more, where a long prompt may grow the budget
+  std::size_t head_capacity = 0;  // of one head: more, where it may take what others leave
+  std::size_t page_floor = 0;     // and what each is left with then
   std::size_t read_pages = 0;
   std::size_t sink_pages = 0;    // pinned from the start, prompt or not
   std::size_t decode_pages = 1;  // kept free of pins
@@ -91,7 +95,9 @@ struct CachePlan {
   float scale = 1.0F;
 
   /// Pages that a head's table holds at most.
-  std::size_t table_pages() const { return page_capacity + spare_pages; }
+  std::size_t table_pages() const { return head_capacity + spare_pages; }
+  /// Pages that all heads hold together at most.
+  std::size_t layer_pages() const { return geometry.kv_heads * (page_capacity + spare_pages); }
   /// Queries whose evidence is kept while drafts are outstanding: each draft's, and that of the token before them.
   std::size_t journal_queries() const { return max_speculative == 0 ? 0 : max_speculative + 1; }
 };
@@ -190,6 +196,16 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
              " tokens; policy " + name + " reads at least one page");
     }
     plan.read_pages = read / config.page_size;
+  }
+  plan.head_capacity = plan.page_capacity;
+  if constexpr (SharedBudgetEvictor<Policy>) {
+    const double floor = traits::budget_floor(policy);
+    if (!(floor >= 0.0 && floor <= 1.0)) {
+      refuse("policy " + name + ": budget_floor = " + std::to_string(floor) + " is not in [0, 1]");
+    }
+    const auto share = static_cast<std::size_t>(floor * static_cast<double>(plan.page_budget));
+    plan.page_floor = std::clamp<std::size_t>(share, 1, plan.page_budget);
+    plan.head_capacity = plan.geometry.kv_heads * plan.page_capacity - (plan.geometry.kv_heads - 1) * plan.page_floor;
   }
   plan.max_speculative = config.max_speculative;
   plan.draft_pages = plan.geometry.pages_for(config.max_speculative);

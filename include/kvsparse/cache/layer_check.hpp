@@ -33,8 +33,12 @@ inline void check_pages(const LayerImage& layer, const StagedLayer& state, Stage
   const auto length = static_cast<std::size_t>(state.next.value);
   const std::size_t opened = geometry.pages_for(length);
   const auto count = in.number<std::uint64_t>();
-  if (count > state.page_budget) {
+  if (count > state.page_budget && !layer.heads_share_budget) {
     refuse_snapshot(fact_text(count) + " resident pages exceed the budget of " + fact_text(state.page_budget));
+  }
+  if (layer.heads_share_budget && count < std::min(layer.page_floor, opened)) {
+    refuse_snapshot(fact_text(count) + " resident pages of a head are less than the " + fact_text(layer.page_floor) +
+                    " that it is left with");
   }
   if (head.evictions != opened - count || count > opened) {
     refuse_snapshot(fact_text(count) + " resident and " + fact_text(head.evictions) + " evicted pages are not the " +
@@ -136,8 +140,16 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
     }
     std::size_t of_head = 0;
     for (const StagedPage& page : head.pages) of_head += page.page.tokens;
-    tokens = std::max(tokens, of_head);
+    tokens = layer.heads_share_budget ? tokens + of_head : std::max(tokens, of_head);
     pages += head.pages.size();
+  }
+  const std::size_t heads = layer.heads.size();
+  if (layer.heads_share_budget) {
+    tokens = divide_up(tokens, heads);
+    if (pages > heads * state.page_budget) {
+      refuse_snapshot(fact_text(pages) + " resident pages exceed the budget of " +
+                      fact_text(heads * state.page_budget) + " that the heads share");
+    }
   }
   if (in.left() != 0) refuse_snapshot(fact_text(in.left()) + " bytes are left after the last page");
   const std::size_t most = layer.heads.front().table->capacity();  // drafts too

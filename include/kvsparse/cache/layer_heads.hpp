@@ -39,7 +39,8 @@ class LayerHeads {
   std::size_t resident_tokens(std::size_t kv_head) const { return heads_[kv_head].table.resident_tokens(); }
   /// The pages that a head holds, oldest first.
   const PageTable& table(std::size_t kv_head) const { return heads_[kv_head].table; }
-  /// Pages a head may hold: those of the budget, or more for a long prompt under PromptOverflow::grow.
+  /// Pages a head may hold: those of the budget, or more for a long prompt under PromptOverflow::grow. The mean over
+  /// the heads, where they share it.
   std::size_t page_budget() const { return context_.page_budget; }
 
   // --- looking ---
@@ -51,7 +52,6 @@ class LayerHeads {
     std::size_t pages = 0;
     for (std::size_t h = 0; h < heads_.size(); ++h) {
       const Head& head = heads_[h];
-      stats.resident_tokens = std::max(stats.resident_tokens, head.table.resident_tokens());
       stats.evicted_tokens += head.evicted_tokens;
       stats.last_read_tokens += head.read_tokens;
       stats.last_skipped_tokens += head.skipped_tokens;
@@ -63,6 +63,7 @@ class LayerHeads {
       }
     }
     stats.tokens = next_index();
+    stats.resident_tokens = tokens_of_a_head();
     stats.peak_resident_tokens = peak_resident_tokens_;
     stats.resident_bytes = pages * page_bytes;
     stats.peak_resident_bytes = peak_resident_pages_ * page_bytes;
@@ -252,7 +253,7 @@ class LayerHeads {
              const void* store)
       : config_(config),
         policy_(policy),
-        context_{plan.geometry, config.layer, plan.page_budget, plan.read_pages, rows, plan.scale},
+        context_{plan.geometry, config.layer, plan.page_budget, plan.page_floor, plan.read_pages, rows, plan.scale},
         store_(store),
         scale_(plan.scale),
         rope_(config.rope, config.head_dim) {
@@ -261,6 +262,17 @@ class LayerHeads {
   }
 
   std::size_t next_index() const { return static_cast<std::size_t>(next_.value); }
+  /// What is to be compared with the budget: tokens of the fullest head, or of the average one, rounded up, where heads
+  /// share it.
+  std::size_t tokens_of_a_head() const {
+    std::size_t most = 0;
+    std::size_t sum = 0;
+    for (const Head& head : heads_) {
+      most = std::max(most, head.table.resident_tokens());
+      sum += head.table.resident_tokens();
+    }
+    return SharedBudgetEvictor<Policy> ? divide_up(sum, heads_.size()) : most;
+  }
   // A head's pages as its policy sees them outside a query: no page is open while a victim is looked for.
   HeadView<Policy> view(std::size_t kv_head) { return view(kv_head, next_, false); }
   HeadView<Policy> view(std::size_t kv_head, Position end, bool has_open_page) {

@@ -67,11 +67,13 @@ struct LayerImage {
   std::size_t max_tokens = 0;   // of a policy that keeps everything; else 0
   std::size_t page_budget = 0;  // as configured
   std::size_t page_capacity = 0;
+  std::size_t page_floor = 0;  // of a head, where heads share a budget
   std::size_t sink_pages = 0;
   std::size_t decode_pages = 0;
   bool pins_prompt = false;
   bool unpins_middle = false;
-  bool heads_agree = false;  // all heads hold the same positions
+  bool heads_agree = false;         // all heads hold the same positions
+  bool heads_share_budget = false;  // page_budget is the mean over the heads
   // State.
   Position* next = nullptr;
   bool* prompt_ended = nullptr;

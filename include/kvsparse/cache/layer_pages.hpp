@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "layer_heads.hpp"
 
@@ -71,17 +72,25 @@ class LayerPages : public LayerHeads<Policy> {
     if (!prompt_ended_ && pages_pinned_by(tokens) != 0) {
       budget = std::max(budget, std::min(page_capacity_, pages_pinned_by(tokens) + decode_pages_));
     }
-    std::size_t wanted = 0;
-    for (const Head& head : heads_) {
-      wanted += opened;
-      std::size_t evictions = 0;
-      if (Evictor<Policy> && head.table.size() + opened > budget) evictions = head.table.size() + opened - budget;
+    // Of so many heads that have a budget of their own.
+    const auto wanted_by = [&](std::span<const Head> heads) {
+      std::size_t held = 0;
+      for (const Head& head : heads) held += head.table.size();
+      const std::size_t wanted = heads.size() * opened;
+      const std::size_t most = heads.size() * budget;
+      std::size_t evictions = Evictor<Policy> && held + wanted > most ? held + wanted - most : 0;
       if (any_shared && evictions > 0) {
         const bool pins_give_way = config_.prompt_overflow == PromptOverflow::unpin_middle;
-        evictions -= std::min(evictions, head.count_evictable(is_shared, pins_give_way, sink_pages_));
+        for (const Head& head : heads) {
+          evictions -= std::min(evictions, head.count_evictable(is_shared, pins_give_way, sink_pages_));
+        }
       }
-      wanted -= std::min(opened, evictions);
-    }
+      return wanted - std::min(wanted, evictions);
+    };
+    const std::span<const Head> heads(heads_);
+    if (SharedBudgetEvictor<Policy>) return wanted_by(heads);
+    std::size_t wanted = 0;
+    for (std::size_t h = 0; h < heads.size(); ++h) wanted += wanted_by(heads.subspan(h, 1));
     return wanted;
   }
   /// Pages that each head opens for so many more tokens.
@@ -151,6 +160,7 @@ class LayerPages : public LayerHeads<Policy> {
   /// The next token's rows are stored in every head: tells the policy.
   void add_token() noexcept {
     for (std::size_t h = 0; h < heads_.size(); ++h) add_token_of(h, next_);
+    peak_resident_tokens_ = std::max(peak_resident_tokens_, Heads::tokens_of_a_head());
     next_ = next_ + 1;
     if (!prompt_ended_) ++prompt_tokens_;
   }
@@ -214,11 +224,13 @@ class LayerPages : public LayerHeads<Policy> {
     image.max_tokens = Evictor<Policy> ? 0 : config_.max_tokens;
     image.page_budget = configured_page_budget_;
     image.page_capacity = page_capacity_;
+    image.page_floor = context_.page_floor;
     image.sink_pages = sink_pages_;
     image.decode_pages = decode_pages_;
     image.pins_prompt = traits::pin_prompt(policy_);
     image.unpins_middle = config_.prompt_overflow == PromptOverflow::unpin_middle;
     image.heads_agree = LayerEvictor<Policy>;
+    image.heads_share_budget = SharedBudgetEvictor<Policy>;
     image.next = &next_;
     image.prompt_ended = &prompt_ended_;
     image.prompt_tokens = &prompt_tokens_;
@@ -293,12 +305,11 @@ class LayerPages : public LayerHeads<Policy> {
         if (slot.value + 1 == geometry().page_size) policy_.on_page_full(pages, pages.open_page());
       }
     }
-    peak_resident_tokens_ = std::max(peak_resident_tokens_, head.table.resident_tokens());
   }
 
-  // Each head that holds more than `keep` pages gives up one after the other: one that the layer's window has left
-  // behind, or else the policy's choice. The policy sees the oldest pages that fit the budget and no open page, as if
-  // the next page were about to be opened.
+  // Each head that holds more than `keep` pages, or all heads together while they hold more than `keep` on average,
+  // give up one after the other: one that the layer's window has left behind, or else the policy's choice. The policy
+  // sees the oldest pages that fit the budget and no open page, as if the next page were about to be opened.
   void make_room(auto& owner, std::size_t keep) {
     if constexpr (LayerEvictor<Policy>) {
       while (heads_[0].table.size() > keep) {
@@ -306,6 +317,12 @@ class LayerPages : public LayerHeads<Policy> {
         const bool left = left_window(heads_[0]);
         const PageIndex victim = left ? heads_[0].oldest_unpinned() : policy_.victim(layer_view(&victim_view));
         for (std::size_t h = 0; h < heads_.size(); ++h) evict(owner, h, victim);
+      }
+    } else if constexpr (SharedBudgetEvictor<Policy>) {
+      for (std::size_t pages = pages_of_all_heads(); pages > keep * heads_.size(); --pages) {
+        for (Head& head : heads_) head.unpin_middle(page_budget() - 1, sink_pages_);
+        const HeadPage victim = victim_of_any_head();
+        evict(owner, victim.kv_head, victim.page);
       }
     } else {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
@@ -326,8 +343,43 @@ class LayerPages : public LayerHeads<Policy> {
 
   HeadView<Policy> full_view(std::size_t kv_head) {
     HeadView<Policy> pages = view(kv_head);
-    pages.hide_newer_than(page_budget());
+    if constexpr (SharedBudgetEvictor<Policy>) {
+      const std::size_t held = pages_of_all_heads();
+      const std::size_t most = page_budget() * heads_.size();
+      const std::size_t too_many = held <= most ? 0 : divide_up(held - most, heads_.size());  // in every head: drafts
+      pages.hide_newer_than(pages.size() - std::min(pages.size(), too_many));
+    } else {
+      pages.hide_newer_than(page_budget());
+    }
     return pages;
+  }
+  std::size_t pages_of_all_heads() const {
+    std::size_t pages = 0;
+    for (const Head& head : heads_) pages += head.table.size();
+    return pages;
+  }
+  /// Where heads share a budget. Some head is over its floor then and has an unpinned page: the fullest.
+  HeadPage victim_of_any_head() requires SharedBudgetEvictor<Policy> {
+    const LayerView<Policy> layer = layer_view(&victim_view);
+    HeadPage oldest, fullest;
+    bool has_left = false;
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      const HeadPage candidate{h, heads_[h].oldest_unpinned()};
+      if (heads_[h].table.size() > heads_[fullest.kv_head].table.size() || h == 0) fullest = candidate;
+      if (!layer.may_give(layer.head(h)) || !left_window(heads_[h])) continue;
+      const auto position = [&](const HeadPage& page) { return heads_[page.kv_head].table[page.page].first_position; };
+      if (!has_left || position(candidate) < position(oldest)) oldest = candidate;
+      has_left = true;
+    }
+    if (has_left) return oldest;
+    const HeadPage victim = policy_.victim(layer);
+    const auto is_possible = [&] {
+      if (victim.kv_head >= heads_.size()) return false;
+      const HeadView<Policy> head = layer.head(victim.kv_head);
+      return layer.may_give(head) && victim.page.value < head.size() && head.is_evictable(victim.page);
+    };
+    KVSPARSE_ASSERT(is_possible() && "victim must name a page that a head over its floor holds and that is not pinned");
+    return is_possible() ? victim : fullest;
   }
 
   void evict(auto& owner, std::size_t kv_head, PageIndex victim) {

@@ -85,8 +85,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     return bytes_required_beside_pool(config, policy) +
-           Pool::bytes_required(plan.geometry, traits::page_summary(policy),
-                                plan.table_pages() * plan.geometry.kv_heads);
+           Pool::bytes_required(plan.geometry, traits::page_summary(policy), plan.layer_pages());
   }
   /// Bytes that construction over a pool allocates: tables, policy state, working memory of a query.
   static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {
@@ -319,7 +318,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   static Pool own_pool(const CacheConfig& config, const Policy& policy) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    return Pool(plan.geometry, traits::page_summary(policy), plan.table_pages() * plan.geometry.kv_heads);
+    return Pool(plan.geometry, traits::page_summary(policy), plan.layer_pages());
   }
 
   /// Lends the pool's pages to LayerPages.

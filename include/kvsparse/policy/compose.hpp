@@ -62,6 +62,7 @@ struct Compose {
   std::size_t period() const { return traits::period(evict); }
   bool pin_prompt() const { return traits::pin_prompt(evict); }
   bool in_cache_positions() const { return traits::in_cache_positions(evict); }
+  double budget_floor() const { return traits::budget_floor(evict); }
   std::size_t pinned_pages(const Geometry& geometry) const { return traits::pinned_pages(evict, geometry); }
   /// Both parts may want summaries, but there is one kind for a cache; see the constructor of PagedKvCache.
   PageSummary page_summary() const {
@@ -115,7 +116,7 @@ struct Compose {
     evict.on_step_end(evict_view(layer));
   }
   PageIndex victim(HeadView<Compose> head) const requires HeadEvictor<Evict> { return evict.victim(evict_view(head)); }
-  PageIndex victim(LayerView<Compose> layer) const requires LayerEvictor<Evict> {
+  auto victim(LayerView<Compose> layer) const requires(LayerEvictor<Evict> || SharedBudgetEvictor<Evict>) {
     return evict.victim(evict_view(layer));
   }
   void trim(HeadView<Compose> head, PageList& pages) const requires Trimmer<Evict> {

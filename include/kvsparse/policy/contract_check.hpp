@@ -12,7 +12,7 @@
 //   observe needs evidence                       the kernel tells no one who does not ask         add the trait evidence
 //   trim alone cannot keep the budget            trim comes every `period` steps                  add victim
 //   select_more continues a selection            nothing came before it                           add select
-//   on_step_end, a shared victim, trim: scope    trim is for scope kv_head, the others for layer  set or drop the trait scope
+//   on_step_end, a shared victim, trim: scope    trim is for scope kv_head, the others are not    set or drop the trait scope
 //   PageState, ... must be trivially copyable    states are moved, forked and saved as bytes      arrays of fixed size, no vector;
 //                                                                                                 head.scratch() for a verb
 //   options cannot be visited                    a member options without visit(field)            name each option in visit
@@ -59,6 +59,7 @@ KVSPARSE_DEFINE_HAS_MEMBER(query_window)
 KVSPARSE_DEFINE_HAS_MEMBER(slack_tokens)
 KVSPARSE_DEFINE_HAS_MEMBER(options)
 KVSPARSE_DEFINE_HAS_MEMBER(selection)
+KVSPARSE_DEFINE_HAS_MEMBER(budget_floor)
 KVSPARSE_DEFINE_HAS_MEMBER(scope)
 KVSPARSE_DEFINE_HAS_MEMBER(granularity)
 KVSPARSE_DEFINE_HAS_MEMBER(reads_rows)
@@ -72,6 +73,7 @@ KVSPARSE_DEFINE_HAS_TRAIT(slack_tokens)
 KVSPARSE_DEFINE_HAS_TRAIT(period)
 KVSPARSE_DEFINE_HAS_TRAIT(pin_prompt)
 KVSPARSE_DEFINE_HAS_TRAIT(in_cache_positions)
+KVSPARSE_DEFINE_HAS_TRAIT(budget_floor)
 
 KVSPARSE_DEFINE_HAS_MEMBER(evict)
 KVSPARSE_DEFINE_HAS_MEMBER(choose_victim)
@@ -164,11 +166,14 @@ struct ContractCheck {
                 "std::size_t pinned_pages(const Geometry& geometry) const;");
 
   // --- wrong signatures ---
-  static_assert(!has_member_victim<P> || traits::scope<P>() == PolicyScope::layer || HeadEvictor<P>,
+  static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::kv_head || HeadEvictor<P>,
                 "kvsparse policy: victim has the wrong signature. Write: PageIndex victim(HeadView<P> head) const;");
-  static_assert(!has_member_victim<P> || traits::scope<P>() == PolicyScope::kv_head || LayerEvictor<P>,
+  static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::layer || LayerEvictor<P>,
                 "kvsparse policy: victim of a layer-scoped policy has the wrong signature. Write: "
                 "PageIndex victim(LayerView<P> layer) const;");
+  static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::shared_budget || SharedBudgetEvictor<P>,
+                "kvsparse policy: victim of a policy whose heads share a budget has the wrong signature. Write: "
+                "HeadPage victim(LayerView<P> layer) const;");
   static_assert(!has_member_trim<P> || Trimmer<P>,
                 "kvsparse policy: trim has the wrong signature. Write: "
                 "void trim(HeadView<P> head, PageList& pages) const;");
@@ -266,6 +271,9 @@ struct ContractCheck {
   static_assert(has_trait_in_cache_positions<P, bool>,
                 "kvsparse policy: the trait in_cache_positions has the wrong type. Write: static constexpr bool "
                 "in_cache_positions = true; or bool in_cache_positions() const;");
+  static_assert(has_trait_budget_floor<P, double>,
+                "kvsparse policy: the trait budget_floor has the wrong type. Write: static constexpr double "
+                "budget_floor = 0.2; or double budget_floor() const;");
 
   // --- a trait that promises a verb, a verb that needs a trait ---
   template <class T>
@@ -287,17 +295,23 @@ struct ContractCheck {
                 "PageIndex victim(HeadView<P> head) const;");
   static_assert(
       !has_member_trim<P> || traits::scope<P>() == PolicyScope::kv_head,
-      "kvsparse policy: trim works head by head, but scope = layer evicts all heads together. Remove trim, or the "
-      "trait scope.");
+      "kvsparse policy: trim works head by head, but under this scope heads evict together. Remove trim, or the trait "
+      "scope.");
   static_assert(!has_member_select_more<P> || has_member_select<P>,
                 "kvsparse policy: select_more continues a selection. Write also: "
                 "void select(HeadView<P> head, QueryGroup queries, Selection& selection) const;");
-  static_assert(!has_member_on_step_end<P> || traits::scope<P>() == PolicyScope::layer,
+  static_assert(!has_member_on_step_end<P> || traits::scope<P>() != PolicyScope::kv_head,
                 "kvsparse policy: on_step_end is for policies of layer scope. Write: "
                 "static constexpr PolicyScope scope = PolicyScope::layer;");
-  static_assert(traits::scope<P>() == PolicyScope::kv_head || has_member_victim<P>,
+  static_assert(traits::scope<P>() != PolicyScope::layer || has_member_victim<P>,
                 "kvsparse policy: scope = layer promises a shared victim. Write: "
                 "PageIndex victim(LayerView<P> layer) const; or remove the trait.");
+  static_assert(traits::scope<P>() != PolicyScope::shared_budget || has_member_victim<P>,
+                "kvsparse policy: scope = shared_budget promises a victim of any head. Write: "
+                "HeadPage victim(LayerView<P> layer) const; or remove the trait.");
+  static_assert(!has_member_budget_floor<P> || traits::scope<P>() == PolicyScope::shared_budget,
+                "kvsparse policy: the trait budget_floor is for heads that share a budget. Write: "
+                "static constexpr PolicyScope scope = PolicyScope::shared_budget; or remove the trait.");
   static_assert(!has_member_selection<P> || has_member_select<P>,
                 "kvsparse policy: the trait selection promises a verb that is missing. Write: "
                 "void select(HeadView<P> head, QueryGroup queries, Selection& selection) const; or remove the trait.");

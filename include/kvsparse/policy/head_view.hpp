@@ -47,7 +47,8 @@ struct RowAccess {
 struct LayerContext {
   Geometry geometry;                 ///< of the layer
   std::size_t layer = 0;             ///< CacheConfig::layer
-  std::size_t page_budget = 0;       ///< resident pages a head may hold
+  std::size_t page_budget = 0;       ///< resident pages a head may hold; the mean, where heads share their budget
+  std::size_t page_floor = 0;        ///< pages that no head goes below, where they do
   std::size_t read_page_budget = 0;  ///< pages a selector may read
   RowAccess rows;                    ///< how stored rows are reached
   float softmax_scale = 1.0F;        ///< what dot products are multiplied by
@@ -228,8 +229,11 @@ class HeadPages {
   std::size_t value_dim() const { return geometry().dim_of_values(); }     ///< elements of a value
   std::size_t kv_head() const { return storage_.kv_head; }                 ///< which head of the layer
   std::size_t layer() const { return storage_.context->layer; }            ///< CacheConfig::layer
-  /// Pages the head may hold: those of budget_tokens, or of max_tokens where the policy evicts nothing.
+  /// Pages the head may hold: those of budget_tokens, or of max_tokens where the policy evicts nothing. Where heads
+  /// share their budget, the mean over them.
   std::size_t page_budget() const { return storage_.context->page_budget; }
+  /// Where heads share their budget: pages that each is left with, whatever the others need.
+  std::size_t page_floor() const { return storage_.context->page_floor; }
   /// Pages a query of the head may read: those of read_budget_tokens.
   std::size_t read_page_budget() const { return storage_.context->read_page_budget; }
   /// Pages this head has evicted so far: the counter of counter-based random numbers.
@@ -342,7 +346,14 @@ class HeadView : public HeadPages {
   void* head_state_;
 };
 
-/// All heads of a layer, for policies of scope layer: their heads hold the same positions and evict them together.
+/// A page of one of a layer's heads.
+struct HeadPage {
+  std::size_t kv_head = 0;
+  PageIndex page;
+};
+
+/// All heads of a layer. Under scope layer they hold the same positions and evict them together; under scope
+/// shared_budget each holds its own, and not as many as the others.
 template <class Policy>
 class LayerView {
  public:
@@ -356,6 +367,34 @@ class LayerView {
   HeadView<Policy> head(std::size_t kv_head) const { return head_of_(owner_, kv_head); }
   /// What the policy keeps of the layer; it may write there as in HeadView::state().
   LayerState<Policy>& layer_state() const { return *state_; }
+
+  /// Scope shared_budget: whether `victim` may name a page of the head, which has one to give and will hold no fewer
+  /// than its floor once the page that is due is open.
+  static bool may_give(const HeadPages& head) { return head.size() >= head.page_floor() && head.evictable_count() > 0; }
+  /// Scope shared_budget: the page with the lowest score(HeadView, PageIndex) that some head may give; ties go to the
+  /// oldest page, then to the lowest head.
+  template <class Score>
+  HeadPage lowest_evictable(Score&& score) const {
+    HeadPage lowest;
+    bool found = false;
+    Position oldest;
+    std::invoke_result_t<Score&, const HeadView<Policy>&, PageIndex> lowest_score{};
+    for (std::size_t h = 0; h < heads_; ++h) {
+      const HeadView<Policy> candidates = head(h);
+      if (!may_give(candidates)) continue;
+      for (const PageIndex page : candidates.evictable_pages()) {
+        const auto candidate = score(candidates, page);
+        const Position position = candidates.first_position(page);
+        const bool is_tie = found && !(candidate < lowest_score) && !(lowest_score < candidate);
+        if (found && !(candidate < lowest_score) && !(is_tie && position < oldest)) continue;
+        lowest = {h, page};
+        lowest_score = candidate;
+        oldest = position;
+        found = true;
+      }
+    }
+    return lowest;
+  }
 
  private:
   void* owner_;

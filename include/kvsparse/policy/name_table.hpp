@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "ada_kv.hpp"
 #include "certified.hpp"
 #include "clustered.hpp"
 #include "compose.hpp"
@@ -43,7 +44,7 @@ template <class... Policies>
 struct PolicyList {};
 
 /// The name table: a new policy is one more name here.
-using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Raas, Kindred, Tova, SnapKv, RKv, LazyEviction, Lrfu,
+using KnownPolicies = PolicyList<Dense, StreamingLlm, H2o, Raas, Kindred, Tova, SnapKv, AdaKv, RKv, LazyEviction, Lrfu,
                                  KeyNorm, KeyDiff, ValueAware, Clustered, StreamingSketch, Random, Quest, HashAttention,
                                  HierarchicalTopK, HalfSpace, Certified, Oracle>;
 
@@ -115,13 +116,14 @@ using PartOfPolicies = typename detail::EveryNth<List, Part, Parts, decltype(det
 struct PolicyFacts {
   bool evicts = false;                   ///< budget_tokens caps residency; without it the policy keeps max_tokens
   bool selects = false;                  ///< read_budget_tokens caps reads
+  bool shares_budget = false;            ///< budget_tokens caps the mean over a layer's heads, not each of them
   std::vector<std::string> option_keys;  ///< what OptionSetting::key may be
 };
 
 /// Of a policy known by type.
 template <class Policy>
 PolicyFacts policy_facts() {
-  return {Evictor<Policy>, Selector<Policy>, option_keys<Policy>()};
+  return {Evictor<Policy>, Selector<Policy>, SharedBudgetEvictor<Policy>, option_keys<Policy>()};
 }
 
 /// Names of a list of policies.

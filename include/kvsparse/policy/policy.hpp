@@ -30,10 +30,12 @@
 //   residual(H, QueryGroup,            all was read                                     merge what stands for    what is gone
 //     span<SoftmaxState>)                                                               evicted tokens           is gone
 //   observe(H, const Evidence&)        the query attended                               write state              -
-//   on_step_end(L)                     all heads observed (scope layer)                 write state              -
+//   on_step_end(L)                     all heads observed (scope not kv_head)           write state              -
 //   PageIndex victim(H)                a page is to be opened while page_budget() are   write state; name one    all is kept,
 //   PageIndex victim(L)                resident (scope kv_head; scope layer: one page   evictable page, which    to max_tokens
-//                                      index for every head)                            is lost
+//   HeadPage victim(L)                 index for every head; scope shared_budget: a     is lost
+//                                      page of any head that may_give() one, as often
+//                                      as there are heads)
 //   trim(H, PageList&)                 the prompt ended, and every `period` decode      write state; add evict-  -
 //                                      steps (scope kv_head; needs victim too)          able pages, to be lost
 //   on_evict(H, PageIndex)             a page goes; its rows can still be loaded        write state              -
@@ -46,7 +48,10 @@
 // Traits: static constexpr members, or (*) const member functions of the same name where an option decides
 //   trait                values: the default first       what it is for, and costs
 //   name                 required                        "my_policy", on command lines
-//   scope                PolicyScope::kv_head, layer     all heads of a layer evict the same positions: one victim for all
+//   scope                PolicyScope::kv_head, layer,    layer: all heads of a layer evict the same positions, one victim for
+//                        shared_budget                   all. shared_budget: they hold kv_heads * page_budget() pages together,
+//                                                        each as many as victim leaves it; tables of each have room for that
+//   budget_floor       * 0, up to 1                      scope shared_budget: share of page_budget() that each head is left with
 //   granularity          PolicyGranularity::page, token  select may read part of a page: a bit a token; page lists refuse it
 //   select_always        false, true                     select is called below the read budget too: there Dense's bits are lost
 //   selection          * SelectionScope::kv_head,        select is called for each query head by itself: a page may be loaded
@@ -76,6 +81,7 @@
 //
 // Why this is enough (each policy of the literature, and where it lives in the contract):
 //   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the heads.
+//   AdaKv             scope shared_budget; observe averages the page's mass; victim(LayerView) takes the lowest of all heads.
 //   SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+ period: SnapKV-D).
 //   RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity of load_key rows.
 //   LazyEviction      PageState {last use, largest gap}; observe updates both; period W, slack_tokens W; trim scores survival.
@@ -109,8 +115,8 @@
 
 namespace kvsparse {
 
-/// Trait scope: what evicts together.
-enum class PolicyScope { kv_head, layer };
+/// Trait scope: what evicts together, or out of one budget.
+enum class PolicyScope { kv_head, layer, shared_budget };
 /// Trait granularity: what select may leave out.
 enum class PolicyGranularity { page, token };
 /// Trait selection: whose queries read together.
@@ -132,7 +138,11 @@ concept LayerEvictor = requires(const P policy, LayerView<P> layer) {
   { policy.victim(layer) } -> std::same_as<PageIndex>;
 };
 template <class P>
-concept Evictor = HeadEvictor<P> || LayerEvictor<P>;
+concept SharedBudgetEvictor = requires(const P policy, LayerView<P> layer) {
+  { policy.victim(layer) } -> std::same_as<HeadPage>;
+};
+template <class P>
+concept Evictor = HeadEvictor<P> || LayerEvictor<P> || SharedBudgetEvictor<P>;
 template <class P>
 concept Trimmer = requires(const P policy, HeadView<P> head, PageList& pages) {
   policy.trim(head, pages);
@@ -359,6 +369,20 @@ constexpr bool in_cache_positions(const P& policy) {
     return P::in_cache_positions;
   } else {
     return false;
+  }
+}
+template <class P>
+constexpr double budget_floor(const P& policy) {
+  if constexpr (requires {
+                  { policy.budget_floor() } -> std::convertible_to<double>;
+                }) {
+    return policy.budget_floor();
+  } else if constexpr (requires {
+                         { P::budget_floor } -> std::convertible_to<double>;
+                       }) {
+    return P::budget_floor;
+  } else {
+    return 0.0;
   }
 }
 template <class P>
