@@ -79,23 +79,23 @@
 // select_more and residual are not.
 // Random numbers are a hash of (seed, layer, kv_head, evictions()), so that they survive fork, rollback and snapshots.
 //
-// Why this is enough (each policy of the literature, and where it lives in the contract):
-//   Tova              scope layer; observe stores the page's mass; victim(LayerView) takes the lowest mean over the heads.
-//   AdaKv             scope shared_budget; observe averages the page's mass; victim(LayerView) takes the lowest of all heads.
-//   SnapKv            query_window w; trim at prompt end scores pages by recent_queries against load_key (+ period: SnapKV-D).
-//   RKv               query_window 8, period 128, slack_tokens 128; trim weighs mass by similarity of load_key rows.
-//   LazyEviction      PageState {last use, largest gap}; observe updates both; period W, slack_tokens W; trim scores survival.
-//   HashAttention     PageState holds one signature a slot, up to max_page_size, set in on_append; granularity token; select
-//                     sets token masks.
-//   HierarchicalTopK  select probes load_key of middle slots, coarse to fine; no state.
-//   HalfSpace         page_summary min_max, select_always; select adds every page whose bound passes a threshold kept in
-//                     HeadState (last step's log_sum_exp), however many they are.
-//   Certified         page_summary min_max, knows_logits; select bounds every page's mass and reads the best page of each
-//                     query head; select_more compares what is unread with the SoftmaxState so far until it is small enough.
-//   Clustered         select_always; on_evict hands the page's weight to the nearest survivor's PageState; select gives
-//                     log_weight and value_log_weight.
-//   StreamingSketch   on_evict folds load_key/load_value rows into a sketch in HeadState, of a compile-time largest size;
-//                     residual merges it by log-sum-exp.
+// What the arguments offer (head_view.hpp, evidence.hpp, selection.hpp). A page is named by its place among the resident ones,
+// a PageIndex, oldest first, valid within the verb: when an older page goes, states move along.
+//   H          pages(), evictable_pages(), size(), state(page), head_state(), tokens(page), first_position(page), end(),
+//              is_pinned(page), is_open(page), is_of_prompt(page), kv_head(), geometry(), page_budget(), read_page_budget()
+//              lowest_evictable(score), ties to the oldest; visit_highest_evictable(scores, count, visit); evictions()
+//              load_key(page, slot, row), load_value, load_mean_key, load_bounds, upper_bounds, recent_queries(age)
+//              scratch(): floats to work with, where another program would allocate
+//   L          heads(), head(kv_head), which is an H; layer_state(). Heads that share a budget: may_give(H), lowest_evictable
+//   Evidence   visited(page), group_mass(page), peak_mass(page), mass(page, query), log_sum_exp(query), position(), is_prompt()
+//   Selection  add(page), add({page, token mask, weights}), add_highest(scores, count), contains(page)
+//   PageList   add(page)
+//
+// Where to start from: the header in policy/ that uses what you need. observe: H2o, Raas, Lrfu; for all heads together Tova,
+// AdaKv. Keys and values as they come: KeyNorm, ValueAware. trim: LazyEviction; by votes of recent queries SnapKv, RKv.
+// on_evict with weights: Clustered; with residual: StreamingSketch. select: Quest, HierarchicalTopK; tokens of a page:
+// HashAttention; by a threshold: HalfSpace; select_more: Certified.
+//
 // Token-level papers are exact at page_size 1; at larger pages a page's score is the summed mass of its tokens.
 // clang-format on
 #pragma once
