@@ -1,42 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each policy keeps of one trace against its budget, between the ceilings and the floor: from replay --sweep."""
 import csv
+import json
 import math
+import pathlib
 
 import matplotlib.pyplot as plt
 
-from plot_style import (BLUE, BROWN, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, InputError, finish, legend_below,
-                        logarithmic)
+from plot_style import BLUE, BROWN, GREEN, GREY, PINK, RED, YELLOW, InputError, finish, legend_below, logarithmic
 
-BLACK = "#222222"
 CEILINGS = ("oracle", "clairvoyant")
 FLOOR = "random"
-# policy: label, colour, marker, filled. Whoever evicts is drawn solid, whoever only selects is dashed.
-LOOKS = {
-    "oracle": ("Oracle: exact top tokens, nothing evicted", BLACK, "*", True),
-    "clairvoyant": ("Clairvoyant: the evictions that lose least mass", BLACK, "D", True),
-    "random": ("Random, prompt pinned", GREY, "X", True),
-    "raas": ("RaaS", RED, "o", True),
-    "kindred": ("Kindred", YELLOW, "D", True),
-    "h2o": ("H2O", BLUE, "s", True),
-    "streaming_llm": ("StreamingLLM", GREEN, "P", True),
-    "tova": ("TOVA", ORANGE, "^", True),
-    "snap_kv": ("SnapKV", PINK, "v", True),
-    "ada_kv": ("Ada-KV, heads share the budget", SKY, "P", True),
-    "r_kv": ("R-KV", BROWN, "p", True),
-    "lazy_eviction": ("LazyEviction", ORANGE, "o", False),
-    "lrfu": ("LRFU", PINK, "s", False),
-    "key_norm": ("KeyNorm", GREEN, "d", False),
-    "key_diff": ("KeyDiff", BLUE, "d", False),
-    "value_aware": ("ValueAware", BROWN, "h", False),
-    "clustered": ("Clustered", SKY, "s", False),
-    "streaming_sketch": ("StreamingSketch", YELLOW, "p", False),
-    "quest": ("Quest", SKY, "o", True),
-    "hash_attention": ("HashAttention", RED, ">", False),
-    "hierarchical_top_k": ("HiP", ORANGE, "<", False),
-    "half_space": ("HalfSpace, no budget", GREEN, "8", False),
-    "certified": ("Certified, no budget", PINK, "<", False),
-}
+# policy: label, colour, marker, filled; the page of replay --report looks the same. Whoever evicts is drawn solid, whoever
+# only selects is dashed.
+LOOKS = {policy: tuple(look[part] for part in ("label", "colour", "marker", "filled"))
+         for policy, look in json.loads(pathlib.Path(__file__).with_name("policy_looks.json").read_text()).items()}
 SPARE_LOOKS = tuple((colour, marker, False) for marker in "^v<>" for colour in (RED, BLUE, GREEN, PINK, BROWN, YELLOW))
 COLUMNS = ("policy", "budget_tokens", "share", "mean_error", "evicted_tokens")
 

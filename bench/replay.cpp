@@ -23,9 +23,11 @@
 #include "replay/clairvoyant.hpp"
 #include "replay/dense_reference.hpp"
 #include "replay/dump.hpp"
+#include "replay/html_report.hpp"
 #include "replay/options.hpp"
 #include "replay/policy_run.hpp"
 #include "replay/report.hpp"
+#include "replay/waterfall.hpp"
 
 namespace {
 
@@ -93,6 +95,10 @@ class Replay {
       throw UsageError("no policy takes any of the budgets; " + rows_.front().policy + " at budget " +
                        std::to_string(rows_.front().budget) + ": " + rows_.front().refused);
     }
+    if (!options.report_file.empty()) {
+      grid_ = WaterfallGrid::of(trace_, options.page_size, runs_.size());
+      waterfalls_.assign(runs_.size(), RunWaterfalls(grid_.kv_heads, Waterfall(grid_)));
+    }
   }
   Replay(const Replay&) = delete;
   Replay& operator=(const Replay&) = delete;
@@ -117,7 +123,8 @@ class Replay {
     report_.update(token, results());
     write_files(true);
     if (complete && dump_) dump_->write(dump_notes());
-    if (options_.json_file != standard_output && options_.csv_file != standard_output) report_.print(std::cout);
+    const auto files = {options_.json_file, options_.csv_file, options_.report_file};
+    if (std::ranges::find(files, standard_output) == files.end()) report_.print(std::cout);
     std::cout.flush();
     if (!complete) {
       complain("interrupted after " + std::to_string(token) + " of " + std::to_string(trace_.tokens) +
@@ -161,6 +168,16 @@ class Replay {
     dense_.advance_to(token);
     for (PolicyRun& run : runs_) run.measure(dense_, token);
     if (dump_) dump_->add(runs_.front().cache(), runs_.front().out());
+    if (!waterfalls_.empty() && grid_.shows_step(token - trace_.prompt_tokens)) add_waterfall_row(token);
+  }
+
+  void add_waterfall_row(std::size_t token) {
+    for (std::size_t run = 0; run < runs_.size(); ++run) {
+      for (std::size_t head = 0; head < grid_.kv_heads; ++head) {
+        const HeadLoss& loss = runs_[run].loss(head);
+        waterfalls_[run][head].add(runs_[run].cache(), head, token, loss.share, loss.error);
+      }
+    }
   }
 
   std::vector<ReplayResult> results() const {
@@ -183,6 +200,16 @@ class Replay {
     };
     write(options_.json_file, [&] { return report_.json(); });
     write(options_.csv_file, [&] { return report_.csv(); });
+    write(options_.report_file, [&] { return page(); });
+  }
+
+  std::string page() const {
+    ReplayReport::Json data = report_.data();
+    for (std::size_t i = 0; i < data["results"].size(); ++i) {
+      const auto run = std::ranges::find_if(runs_, [&](const PolicyRun& of) { return &of == rows_[i].run; });
+      data["results"][i]["run"] = run == runs_.end() ? ReplayReport::Json() : ReplayReport::Json(run - runs_.begin());
+    }
+    return html_report(std::move(data), grid_, waterfalls_);
   }
 
   std::map<std::string, std::string> dump_notes() const {
@@ -199,6 +226,8 @@ class Replay {
   std::optional<Foresight> foresight_;
   std::optional<Dump> dump_;
   std::deque<PolicyRun> runs_;
+  WaterfallGrid grid_;                     // for --report
+  std::vector<RunWaterfalls> waterfalls_;  // by run
   std::vector<Row> rows_;
 };
 

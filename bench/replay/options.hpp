@@ -28,6 +28,7 @@ struct ReplayOptions {
   std::string dump_file;
   std::string json_file;
   std::string csv_file;
+  std::string report_file;
   bool sweep = false;  // a policy that refuses a budget leaves a gap, and the others go on
   bool force = false;
 };
@@ -98,6 +99,10 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
       ->check(file_name);
   app.add_option("--json", options.json_file, "write the table's numbers to this file as JSON")->check(file_name);
   app.add_option("--csv", options.csv_file, "write the table's numbers to this file as CSV")->check(file_name);
+  app.add_option("--report", options.report_file,
+                 "write one page of HTML that needs no network: curves against budget, what every policy kept at each "
+                 "step, and a slider over the steps")
+      ->check(file_name);
   app.add_flag("--force", options.force, "write a dump even if it is larger than 2 GiB");
   app.parse(argc, argv);
 
@@ -119,7 +124,8 @@ inline ReplayOptions parse_replay_options(CLI::App& app, int argc, char** argv) 
   refuse_shared_files({{"--trace", options.trace_file},
                        {"--dump", options.dump_file},
                        {"--json", options.json_file},
-                       {"--csv", options.csv_file}});
+                       {"--csv", options.csv_file},
+                       {"--report", options.report_file}});
   return options;
 }
 

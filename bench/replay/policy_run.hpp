@@ -30,6 +30,12 @@ struct ReplayMetrics {
   double mean_step_us = std::numeric_limits<double>::quiet_NaN();
 };
 
+/// Of the latest decode query: means over the query heads of one kv head.
+struct HeadLoss {
+  double share = 0.0;
+  double error = 0.0;
+};
+
 class PolicyRun {
  public:
   /// Throws UsageError if the policy cannot run at this budget, its prompt included. plan: of a clairvoyant.
@@ -37,11 +43,14 @@ class PolicyRun {
             const EvictionPlan* plan)
       : trace_(trace),
         cache_(checked_cache(options, policy, budget, trace, layer, plan)),
-        out_(trace.query_heads * trace.head_dim) {}
+        out_(trace.query_heads * trace.head_dim),
+        head_losses_(trace.kv_heads) {}
 
   const kvsparse::AnyCache& cache() const { return cache_; }
   /// [query_heads, head_dim] of the latest query.
   std::span<const float> out() const { return out_; }
+  /// Of the latest measure().
+  const HeadLoss& loss(std::size_t kv_head) const { return head_losses_[kv_head]; }
 
   /// Appends the next token of the trace, then attends with its queries. A prompt token is a query like any other.
   void step(std::size_t token) {
@@ -60,13 +69,20 @@ class PolicyRun {
     const std::size_t group = trace_.query_heads / trace_.kv_heads;
     for (std::size_t h = 0; h < trace_.kv_heads; ++h) {
       const std::vector<kvsparse::Position> read = cache_.read_positions(h);
+      HeadLoss sum;
       for (std::size_t q = h * group; q < (h + 1) * group; ++q) {
         const std::span<const double> weights = dense.weights(token, q);
         double share = 0.0;
         for (const kvsparse::Position position : read) share += weights[static_cast<std::size_t>(position.value)];
-        share_sum_ += std::min(share, 1.0);
-        add_error(relative_error(std::span(out_).subspan(q * trace_.head_dim, trace_.head_dim), dense.out(token, q)));
+        share = std::min(share, 1.0);
+        const double error =
+            relative_error(std::span(out_).subspan(q * trace_.head_dim, trace_.head_dim), dense.out(token, q));
+        share_sum_ += share;
+        add_error(error);
+        sum.share += share;
+        sum.error += error;
       }
+      head_losses_[h] = {sum.share / static_cast<double>(group), sum.error / static_cast<double>(group)};
     }
     ++decode_steps_;
   }
@@ -152,6 +168,7 @@ class PolicyRun {
   const Trace& trace_;
   kvsparse::AnyCache cache_;
   std::vector<float> out_;
+  std::vector<HeadLoss> head_losses_;  // [kv_heads]
   std::size_t decode_steps_ = 0;
   double share_sum_ = 0.0;
   double error_sum_ = 0.0;

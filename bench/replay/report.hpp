@@ -42,7 +42,9 @@ class ReplayReport {
     results_ = std::move(results);
   }
 
-  std::string json() const {
+  using Json = nlohmann::ordered_json;
+
+  Json data() const {
     Json json{{"schema", replay_json_schema}, {"tool", "replay"}, {"complete", replayed_tokens_ == trace_.tokens}};
     json["trace"] = {{"file", options_.trace_file},           {"tokens", trace_.tokens},
                      {"prompt_tokens", trace_.prompt_tokens}, {"query_heads", trace_.query_heads},
@@ -53,8 +55,10 @@ class ReplayReport {
     json["settings"] = options_.setting_texts;
     json["results"] = Json::array();
     for (const ReplayResult& result : results_) json["results"].push_back(fields(result));
-    return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+    return json;
   }
+
+  std::string json() const { return data().dump(2, ' ', false, Json::error_handler_t::replace) + "\n"; }
 
   /// A header line, then one line per result. An unknown value is an empty cell.
   std::string csv() const {
@@ -76,8 +80,6 @@ class ReplayReport {
   }
 
  private:
-  using Json = nlohmann::ordered_json;
-
   std::string dtype() const {
     return std::string(kvsparse::scalar_type_names[static_cast<std::size_t>(options_.dtype)]);
   }
