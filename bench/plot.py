@@ -10,8 +10,10 @@
                                                                                and its --resident resident/
     plot.py curve     --csv decode_curve.csv [--output DIR]
     plot.py sweep     --csv sweep.csv [--output DIR]                           from replay --sweep
+    plot.py report    --html report.html [--output DIR]                        from replay --report
     plot.py speed     [--roofline F] [--micro F] [--curve F] [--compile F]     their JSON files, as Markdown tables
-Needs numpy and matplotlib. Error bars and +/- are one standard error. A picture without rows in the CSV is skipped.
+Needs numpy and matplotlib, and Chromium for a report. Error bars and +/- are one standard error. A picture without rows
+in the CSV is skipped.
 """
 import argparse
 import pathlib
@@ -20,6 +22,7 @@ import sys
 import matplotlib.pyplot as plt
 
 import plot_attention
+import plot_report
 import plot_speed
 import plot_sweep
 from plot_accuracy import PICTURES, draw_pictures
@@ -54,7 +57,7 @@ def names_of_pictures(text):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="pictures|table|beside|attention|waterfall|curve|sweep|speed")
+                                     metavar="pictures|table|beside|attention|waterfall|curve|sweep|report|speed")
 
     def command(name, meaning, output=True):
         added = commands.add_parser(name, help=meaning, description=meaning)
@@ -107,6 +110,10 @@ def parse_options():
     curve.add_argument("--csv", type=pathlib.Path, required=True, help="from decode_curve")
     sweep = command("sweep", "draw sweep.png: mass kept and error against budget, between the ceilings and the floor")
     sweep.add_argument("--csv", type=pathlib.Path, required=True, help="from replay --sweep")
+    page = command("report", "draw report.png: the upper part of a page of replay --report, in headless Chromium")
+    page.add_argument("--html", type=pathlib.Path, required=True, help="from replay --report")
+    page.add_argument("--width", type=int, default=1280, help="of the window, in pixels [1280]")
+    page.add_argument("--height", type=int, default=1330, help="[1330]")
     speed = command("speed", "print Markdown tables of the timing benches, each with the command it came from", False)
     for name, tool in plot_speed.SOURCES.items():
         speed.add_argument(f"--{name}", type=pathlib.Path, metavar="JSON", help=f"from {tool}")
@@ -131,7 +138,8 @@ def main():
                          options.budgets, options.page_size, options.policies)
         else:
             {"attention": plot_attention.attention, "waterfall": plot_attention.waterfall,
-             "curve": plot_speed.curve, "sweep": plot_sweep.sweep, "speed": plot_speed.speed}[options.command](options)
+             "curve": plot_speed.curve, "sweep": plot_sweep.sweep, "report": plot_report.report,
+             "speed": plot_speed.speed}[options.command](options)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the table has enough
     except InputError as error:

@@ -93,10 +93,14 @@ def finish(figure, title, path, legend_rows=0, note=None, grows=False):
 
 
 def save(figure, path):
-    """With few colours, because the pictures of README are in the repository: a third of the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=140)
     plt.close(figure)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        save_image(image, path, Image.Quantize.MEDIANCUT)
+
+
+def save_image(image, path, choice_of_colours):
+    """With few colours, because the pictures of README are in the repository: a third of the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert("RGB").quantize(256, choice_of_colours, dither=Image.Dither.NONE).save(path, optimize=True)
