@@ -11,6 +11,7 @@
 #include "common/interrupt.hpp"
 #include "common/output_file.hpp"
 #include "common/program.hpp"
+#include "decode/estimate.hpp"
 #include "decode/options.hpp"
 #include "decode/policy_run.hpp"
 #include "decode/prompts.hpp"
@@ -150,8 +151,9 @@ void try_out(const Work& work) {
   }
 }
 
-Work plan_work(const DecodeOptions& options, const Model& model, const std::optional<Tokenizer>& tokenizer) {
-  Work work{options, model, tokenizer, {}, {}};
+Work plan_work(const DecodeOptions& options, const Model& model, const std::optional<Tokenizer>& tokenizer,
+               std::vector<std::vector<TokenId>> prompts, std::size_t max_tokens) {
+  Work work{options, model, tokenizer, std::move(prompts), {}, max_tokens};
   if (!options.load_file.empty()) {
     work.saved.emplace(options.load_file, model);
     work.prompts.emplace_back();
@@ -162,39 +164,49 @@ Work plan_work(const DecodeOptions& options, const Model& model, const std::opti
     }
     return work;
   }
-  work.prompts = prompt_tokens(options, model, tokenizer, note);
-  work.max_tokens = options.max_tokens;
-  if (work.max_tokens != 0) return work;
-  for (const auto& prompt : work.prompts) {
-    work.max_tokens = std::max(work.max_tokens, prompt.size() + options.max_new);
-  }
   return work;
 }
 
+void write_json(const DecodeOptions& options, const nlohmann::ordered_json& json) {
+  write_text_file(options.json_file,
+                  json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+}
+
+int print_estimate(const DecodeOptions& options, RunEstimate& estimate) {
+  estimate.measure_time();
+  if (!options.json_file.empty()) write_json(options, estimate.json());
+  if (!is_stream(options.json_file)) estimate.print(std::cout);
+  std::cout.flush();
+  return 0;
+}
+
 int run(const DecodeOptions& options) {
-  const Model model(options.model_directory);
-  const std::optional<Tokenizer> tokenizer = find_tokenizer(options, model);
-  Work work = plan_work(options, model, tokenizer);
+  // Weights come last: reading them takes a while, and most mistakes can be told without.
+  const ModelConfig config = load_model_config(options.model_directory);
+  const std::optional<Tokenizer> tokenizer = find_tokenizer(options, config);
+  const std::vector<std::vector<TokenId>> prompts = prompt_tokens(options, config, tokenizer, note);
+  const SequenceLengths lengths = lengths_of(options, prompts);
+  RunEstimate estimate(options, config, lengths);
+  if (options.estimate) return print_estimate(options, estimate);
+  if (const std::string shortage = estimate.shortage(); !shortage.empty()) note(shortage);
+
+  const Model model(config, options.model_directory);
+  Work work = plan_work(options, model, tokenizer, prompts, lengths.max_tokens);
   try_out(work);
 
   DecodeReport report(options, work.texts());
-  const auto write_json = [&](bool complete) {
-    using Json = nlohmann::ordered_json;
-    const std::string text = report.json(complete).dump(-1, ' ', false, Json::error_handler_t::replace);
-    write_text_file(options.json_file, text + "\n");
-  };
   // Rewritten after every policy, and once before the first: an interrupt leaves valid JSON, a bad path is found early.
   const bool rewrite_json = !options.json_file.empty() && !is_stream(options.json_file);
-  if (rewrite_json) write_json(false);
+  if (rewrite_json) write_json(options, report.json(false));
   catch_interrupts();
   std::optional<LiveText> live;  // JSON that goes to a stream may go to this one, so nothing gets in its way
   if (work.one_sequence() && !options.compare && !is_stream(options.json_file)) live.emplace(std::cout, tokenizer);
   for (std::size_t i = 0; i < options.caches.size() && !interrupted(); ++i) {
     report.add(run_policy(work, options.caches[i], live ? &*live : nullptr));
-    if (rewrite_json) write_json(!interrupted() && i + 1 == options.caches.size());
+    if (rewrite_json) write_json(options, report.json(!interrupted() && i + 1 == options.caches.size()));
   }
   if (live) live->finish();
-  if (!options.json_file.empty() && !rewrite_json) write_json(!interrupted());
+  if (!options.json_file.empty() && !rewrite_json) write_json(options, report.json(!interrupted()));
   report.print(std::cout, live.has_value());
   std::cout.flush();
   return interrupted() ? complain("interrupted; what was finished is above", interrupted_exit_code) : 0;

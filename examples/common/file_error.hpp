@@ -61,6 +61,12 @@ inline std::uint64_t regular_file_size(const std::filesystem::path& file) {
   return size;
 }
 
+/// What git clone leaves in a large file's place when Git LFS is not installed: a text of three lines.
+inline void refuse_git_lfs_pointer(const std::filesystem::path& file, std::string_view beginning) {
+  if (beginning.rfind("version https://git-lfs", 0) != 0) return;
+  throw FileError(file, "is a Git LFS pointer, not the file itself; `git lfs pull` in its directory fetches that");
+}
+
 /// A whole text file of at most `max_bytes`.
 inline std::string read_text_file(const std::filesystem::path& file, std::uint64_t max_bytes) {
   const std::uint64_t size = regular_file_size(file);

@@ -107,6 +107,10 @@ class SafetensorsFile {
     const std::uint64_t size = regular_file_size(path_);
     if (size < 8) fail(std::to_string(size) + " bytes are too few, a safetensors file has at least 8");
     std::ifstream in(path_, std::ios::binary);
+    std::array<char, 32> beginning{};
+    in.read(beginning.data(), static_cast<std::streamsize>(std::min<std::uint64_t>(size, beginning.size())));
+    refuse_git_lfs_pointer(path_, {beginning.data(), beginning.size()});
+    in.seekg(0);
     std::array<char, 8> length_bytes{};
     if (!in.read(length_bytes.data(), 8)) fail("cannot be read");
     const auto header_bytes = std::bit_cast<std::uint64_t>(length_bytes);

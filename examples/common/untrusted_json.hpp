@@ -17,6 +17,7 @@ namespace kvsparse_tools {
 /// which of the two they keep.
 inline nlohmann::json parse_untrusted_json(std::string_view text, const std::filesystem::path& file, int max_depth) {
   using Json = nlohmann::json;
+  refuse_git_lfs_pointer(file, text);
   std::vector<std::set<std::string>> keys_at_depth;
   const auto guard = [&](int depth, Json::parse_event_t event, Json& parsed) {
     const bool opens = event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start;

@@ -22,6 +22,7 @@ struct DecodeOptions {
   std::string model_directory;
   std::vector<std::string> policies;  // in the order they run; dense first when --compare is given
   bool compare = false;
+  bool estimate = false;                         // says what it would take, and does nothing else
   std::vector<CacheChoice> caches;               // one per policy
   CacheChoice cache;                             // what they have in common
   std::vector<std::string> settings;             // --set, as given
@@ -85,6 +86,10 @@ inline void refuse_combinations(const DecodeOptions& options) {
               several || !options.prompt_file.empty());
   refuse_with("--record-trace or --resident", records, "--speculative, whose guesses are taken back",
               options.draft_tokens != 0);
+  for (const auto& [option, given] : {std::pair("--load", loads), std::pair("--speculative", options.draft_tokens != 0),
+                                      std::pair("--pool-bytes", options.pool_bytes != 0)}) {
+    refuse_with("--estimate", options.estimate, option, given);
+  }
   refuse_with("--load", loads, "--max-tokens, which was settled when the file was saved", options.max_tokens != 0);
   refuse_shared_files({{"--save", options.save_file}, {"--json", options.json_file}});
 }
@@ -100,6 +105,8 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
   app.add_option("--model", options.model_directory,
                  "Hugging Face directory of a Llama or Qwen2 model (config.json, model.safetensors or its shards)")
       ->required();
+  app.add_flag("--estimate", options.estimate,
+               "say what memory and time the run would take, and end; needs of the model no more than its config.json");
   app.add_option("--policy", policy,
                  "what each layer's cache keeps: dense, streaming_llm, h2o, quest, raas, kindred, random, a+b");
   app.add_option("--compare", compare,
@@ -166,9 +173,10 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
     if (options.prompt_ids.back().empty()) throw UsageError("--prompt-ids is empty");
   }
   options.cache.dtype = kvsparse::scalar_type(dtype);
+  if (options.estimate && options.policies.empty()) options.policies = {"dense"};
   if (policy.find(',') != std::string::npos) throw UsageError("--policy takes one policy, --compare takes several");
   if (options.policies.empty()) throw UsageError("--policy or --compare must name a policy");
-  if (text->count() + numbers->count() + file->count() + load->count() == 0) {
+  if (text->count() + numbers->count() + file->count() + load->count() == 0 && !options.estimate) {
     throw UsageError("--prompt, --prompt-ids, --prompt-file or --load must be given");
   }
   const bool only_dense = options.policies == std::vector<std::string>{"dense"};

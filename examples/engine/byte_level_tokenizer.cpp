@@ -175,6 +175,7 @@ Tokenizer::Encoding ByteLevelTokenizer::encode(const std::string& text) const {
   Tokenizer::Encoding encoding;
   std::vector<TokenId>& ids = encoding.ids;
   ids = before_;
+  encoding.put_before = before_.size();
   for (const AddedTokens::Part& raw : raw_added_.cut(text)) {
     if (raw.token) {
       ids.push_back(*raw.token);

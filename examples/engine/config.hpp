@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// config.json of a Hugging Face model directory: Llama and Qwen2. What the engine does not implement is refused here,
-// with a sentence, because a model that decodes nonsense is worse than one that does not load.
+// config.json and generation_config.json of a Hugging Face model directory: Llama and Qwen2. What the engine does not
+// implement is refused here, with a sentence, because a model that decodes nonsense is worse than one that does not
+// load.
 #pragma once
 
 #include <cstddef>
@@ -71,35 +72,77 @@ inline std::vector<std::uint64_t> read_eos_tokens(const JsonFields& fields) {
   return tokens;
 }
 
-inline void refuse_unsupported(const JsonFields& fields, const ModelConfig& config) {
-  if (config.model_type != "llama" && config.model_type != "qwen2") {
-    fields.fail("model_type is " + in_quotes(config.model_type) + "; this engine reads 'llama' and 'qwen2'");
+inline void refuse_quantised(const JsonFields& fields) {
+  for (const char* key : {"quantization_config", "quantization"}) {
+    const nlohmann::json* quantised = fields.find(key);
+    if (quantised == nullptr) continue;
+    const auto method = quantised->is_object() ? quantised->find("quant_method") : quantised->end();
+    fields.fail(
+        std::string(key) + " is " +
+        in_quotes(method != quantised->end() && method->is_string() ? method->get<std::string>() : quantised->dump()) +
+        "; this engine reads unquantised f32, f16 and bf16 weights");
+  }
+}
+
+/// Qwen2 files name a sliding_window even when use_sliding_window is false.
+inline void refuse_sliding_windows(const JsonFields& fields, const std::string& model_type) {
+  const nlohmann::json* window = fields.find("sliding_window");
+  const bool slides = model_type == "qwen2" ? fields.flag("use_sliding_window", false) : window != nullptr;
+  if (slides) {
+    fields.fail("uses sliding-window attention (" +
+                std::string(model_type == "qwen2" ? "use_sliding_window true, " : "") + "sliding_window " +
+                in_quotes(window == nullptr ? "absent" : window->dump()) +
+                "); every layer of this engine attends to the whole text");
+  }
+  for (const nlohmann::json& type : fields.array("layer_types")) {
+    if (type != "full_attention") fields.refuse("layer_types", type, "every layer of this engine is 'full_attention'");
+  }
+}
+
+inline void refuse_unsupported(const JsonFields& fields, const std::string& model_type) {
+  if (model_type != "llama" && model_type != "qwen2") {
+    fields.fail((model_type.empty() ? "has no model_type" : "model_type is " + in_quotes(model_type)) +
+                "; this engine reads 'llama' and 'qwen2'");
   }
   if (const auto act = fields.text("hidden_act", "silu"); act != "silu" && act != "swish") {
     fields.fail("hidden_act is " + in_quotes(act) + "; this engine has 'silu'");
   }
-  if (fields.find("quantization_config") != nullptr) {
-    fields.fail("has a quantization_config; this engine reads f32, f16 and bf16 weights");
+  for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts"}) {
+    if (const nlohmann::json* experts = fields.find(key)) {
+      fields.refuse(key, *experts, "this engine reads models without experts");
+    }
   }
-  if (fields.positive_number("partial_rotary_factor").value_or(1.0) != 1.0) {
-    fields.fail("partial_rotary_factor is not 1; this engine rotates whole heads");
+  if (fields.flag("use_mrope", false)) fields.fail("use_mrope is true; this engine rotates by one position per token");
+  if (const double factor = fields.positive_number("partial_rotary_factor").value_or(1.0); factor != 1.0) {
+    fields.fail("partial_rotary_factor is " + std::to_string(factor) + "; this engine rotates whole heads");
   }
-  // Qwen2 files name a sliding_window even when use_sliding_window is false.
-  const bool sliding = config.model_type == "qwen2" ? fields.flag("use_sliding_window", false)
-                                                    : fields.find("sliding_window") != nullptr;
-  if (sliding) fields.fail("uses sliding-window attention, which this engine does not have");
+  refuse_quantised(fields);
+  refuse_sliding_windows(fields, model_type);
+}
+
+/// generation_config.json, where it is there and says so, rules over config.json: chat models end a turn with one token
+/// and a text with another, and list both there.
+inline std::vector<std::uint64_t> read_all_eos_tokens(const JsonFields& config,
+                                                      const std::filesystem::path& directory) {
+  const std::filesystem::path file = directory / "generation_config.json";
+  if (std::filesystem::exists(file)) {
+    const nlohmann::json json = parse_untrusted_json(read_text_file(file, std::uint64_t{1} << 24), file, 32);
+    const JsonFields fields(json, file);
+    if (fields.find("eos_token_id") != nullptr) return read_eos_tokens(fields);
+  }
+  return read_eos_tokens(config);
 }
 
 }  // namespace detail
 
-/// Reads and checks DIR/config.json. Throws FileError.
+/// Reads and checks DIR/config.json, and DIR/generation_config.json if there is one. Throws FileError.
 inline ModelConfig load_model_config(const std::filesystem::path& directory) {
   const std::filesystem::path file = directory / "config.json";
   const nlohmann::json json = parse_untrusted_json(read_text_file(file, std::uint64_t{1} << 24), file, 32);
   const JsonFields fields(json, file);
   ModelConfig config;
   config.model_type = fields.text("model_type", "");
-  detail::refuse_unsupported(fields, config);
+  detail::refuse_unsupported(fields, config.model_type);
   config.vocab_size = fields.required_size("vocab_size");
   config.hidden_size = fields.required_size("hidden_size");
   config.intermediate_size = fields.required_size("intermediate_size");
@@ -130,7 +173,7 @@ inline ModelConfig load_model_config(const std::filesystem::path& directory) {
   config.qkv_bias = config.model_type == "qwen2" || attention_bias;
   config.output_bias = attention_bias;
   config.mlp_bias = config.model_type == "llama" && fields.flag("mlp_bias", false);
-  config.eos_tokens = detail::read_eos_tokens(fields);
+  config.eos_tokens = detail::read_all_eos_tokens(fields, directory);
   return config;
 }
 

@@ -35,6 +35,32 @@ struct CacheChoice {
   PolicySettings settings;
 };
 
+/// The cache of one layer, for sequences of up to `max_tokens` where its policy keeps everything. Throws
+/// kvsparse::ConfigError when it cannot be built.
+inline kvsparse::AnyCache layer_cache(const ModelConfig& model, const CacheChoice& choice, std::size_t max_tokens,
+                                      std::size_t layer, const CacheFactory& make_cache = named_cache) {
+  kvsparse::CacheConfig cache;
+  cache.query_heads = model.query_heads;
+  cache.kv_heads = model.kv_heads;
+  cache.head_dim = model.head_dim;
+  cache.page_size = choice.page_size;
+  cache.budget_tokens = choice.budget_tokens;
+  cache.read_budget_tokens = choice.settings.read_budget_tokens;
+  cache.max_tokens = max_tokens;
+  cache.rope = model.rope;
+  cache.layer = layer;
+  if (layer < choice.dense_layers) return make_cache("dense", choice.dtype, cache, {});
+  return make_cache(choice.policy, choice.dtype, cache, choice.settings.options);
+}
+
+/// As long as no more tokens came, the policy keeps and reads all of them.
+inline std::size_t tokens_kept_and_read(const CacheChoice& choice) {
+  if (choice.policy == "dense") return SIZE_MAX;
+  const std::size_t read_budget = choice.settings.read_budget_tokens;
+  const std::size_t tokens = read_budget == 0 ? choice.budget_tokens : std::min(choice.budget_tokens, read_budget);
+  return choice.page_size == 0 ? tokens : tokens - tokens % choice.page_size;
+}
+
 /// Sees each layer right after its attention, once per token. The spans are valid during the call only.
 class LayerObserver {
  public:
@@ -75,31 +101,11 @@ class Decoder {
   /// `model` must outlive the decoder. Throws kvsparse::ConfigError when the cache cannot be built.
   Decoder(const Model& model, const CacheChoice& choice, std::size_t max_tokens,
           const CacheFactory& make_cache = named_cache)
-      : model_(model) {
-    const ModelConfig& config = model.config();
-    if (choice.policy != "dense") {
-      const std::size_t read_budget = choice.settings.read_budget_tokens;
-      tokens_kept_ = read_budget == 0 ? choice.budget_tokens : std::min(choice.budget_tokens, read_budget);
-      tokens_kept_ -= choice.page_size == 0 ? 0 : tokens_kept_ % choice.page_size;
-    }
+      : model_(model), tokens_kept_(tokens_kept_and_read(choice)) {
     resize(1);
-    kvsparse::CacheConfig cache;
-    cache.query_heads = config.query_heads;
-    cache.kv_heads = config.kv_heads;
-    cache.head_dim = config.head_dim;
-    cache.page_size = choice.page_size;
-    cache.budget_tokens = choice.budget_tokens;
-    cache.read_budget_tokens = choice.settings.read_budget_tokens;
-    cache.max_tokens = max_tokens;
-    cache.rope = config.rope;
-    caches_.reserve(config.layers);
-    for (std::size_t layer = 0; layer < config.layers; ++layer) {
-      cache.layer = layer;
-      if (layer < choice.dense_layers) {
-        caches_.push_back(make_cache("dense", choice.dtype, cache, {}));
-      } else {
-        caches_.push_back(make_cache(choice.policy, choice.dtype, cache, choice.settings.options));
-      }
+    caches_.reserve(model.config().layers);
+    for (std::size_t layer = 0; layer < model.config().layers; ++layer) {
+      caches_.push_back(layer_cache(model.config(), choice, max_tokens, layer, make_cache));
     }
   }
 
@@ -352,7 +358,7 @@ class Decoder {
   kvsparse::ExecutorRef executor_{serial_};
   std::vector<LayerObserver*> observers_;
   std::chrono::duration<double> time_in_observers_{0.0};
-  std::size_t tokens_kept_ = SIZE_MAX;  // as long as no more came, the policy keeps and reads every token
+  std::size_t tokens_kept_ = SIZE_MAX;  // see tokens_kept_and_read()
   std::size_t prompt_chunk_ = 1;
   std::size_t position_ = 0;
   Eigen::Index newest_ = 0;  // the column of the newest token

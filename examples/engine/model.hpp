@@ -17,6 +17,7 @@
 #include "../common/progress.hpp"
 #include "checkpoint.hpp"
 #include "config.hpp"
+#include "weight_list.hpp"
 
 namespace kvsparse_tools {
 
@@ -93,6 +94,8 @@ class Model {
  public:
   /// Loads config.json and the weights of a Hugging Face model directory. Throws FileError.
   explicit Model(const std::filesystem::path& directory) : Model(load_model_config(directory), directory) {}
+  /// The same with a config.json that is read already.
+  Model(const ModelConfig& config, const std::filesystem::path& directory) : Model(config, Checkpoint(directory)) {}
 
   const ModelConfig& config() const { return config_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
@@ -102,51 +105,64 @@ class Model {
   const Linear& head() const { return head_ ? *head_ : embedding_; }
 
  private:
-  Model(const ModelConfig& config, const std::filesystem::path& directory) : Model(config, Checkpoint(directory)) {}
+  /// Refuses a checkpoint that lacks something before it reads the first tensor, and shows how far it is.
+  class WeightReader {
+   public:
+    WeightReader(const Checkpoint& checkpoint, const ModelConfig& config)
+        : checkpoint_(checkpoint), progress_("loading", static_cast<std::size_t>(parameter_count(config))) {
+      require_tensors(checkpoint, config);
+    }
 
-  Model(const ModelConfig& config, const Checkpoint& checkpoint)
+    std::vector<float> values(const std::string& name) {
+      std::vector<float> values = checkpoint_.read(name);
+      read_ += values.size();
+      progress_.update(read_);
+      return values;
+    }
+
+    Linear linear(const std::string& name, bool with_bias) {
+      const TensorShape& shape = checkpoint_.tensor(name + ".weight").shape;
+      std::vector<float> weight = values(name + ".weight");
+      std::vector<float> bias = with_bias ? values(name + ".bias") : std::vector<float>{};
+      return {static_cast<std::size_t>(shape[0]), static_cast<std::size_t>(shape[1]), std::move(weight),
+              std::move(bias)};
+    }
+
+   private:
+    const Checkpoint& checkpoint_;
+    ProgressBar progress_;
+    std::size_t read_ = 0;
+  };
+
+  Model(const ModelConfig& config, const Checkpoint& checkpoint) : Model(config, WeightReader(checkpoint, config)) {}
+
+  Model(const ModelConfig& config, WeightReader&& reader)
       : config_(config),
         rope_(config.rope, config.head_dim),
-        embedding_(linear(checkpoint, "model.embed_tokens", config.vocab_size, config.hidden_size, false)),
-        final_norm_(norm(checkpoint, "model.norm")) {
-    if (!config.tied_embeddings) {
-      if (!checkpoint.contains("lm_head.weight")) {
-        checkpoint.fail("has no tensor 'lm_head.weight', and config.json does not set tie_word_embeddings to true");
-      }
-      head_.emplace(linear(checkpoint, "lm_head", config.vocab_size, config.hidden_size, false));
-    }
-    ProgressBar progress("loading", config.layers);
-    layers_.reserve(std::min<std::size_t>(config.layers, 1024));  // the count comes from a stranger's file
+        embedding_(reader.linear("model.embed_tokens", false)),
+        final_norm_(norm(reader, "model.norm")) {
+    if (!config.tied_embeddings) head_.emplace(reader.linear("lm_head", false));
+    layers_.reserve(config.layers);
     for (std::size_t layer = 0; layer < config.layers; ++layer) {
-      layers_.push_back(load_layer(checkpoint, "model.layers." + std::to_string(layer) + "."));
-      progress.update(layer + 1);
+      layers_.push_back(load_layer(reader, "model.layers." + std::to_string(layer) + "."));
     }
   }
 
-  LayerWeights load_layer(const Checkpoint& file, const std::string& prefix) const {
+  LayerWeights load_layer(WeightReader& reader, const std::string& prefix) const {
     const ModelConfig& c = config_;
-    const std::size_t query_width = c.query_heads * c.head_dim;
-    const std::size_t kv_width = c.kv_heads * c.head_dim;
-    return {norm(file, prefix + "input_layernorm"),
-            linear(file, prefix + "self_attn.q_proj", query_width, c.hidden_size, c.qkv_bias),
-            linear(file, prefix + "self_attn.k_proj", kv_width, c.hidden_size, c.qkv_bias),
-            linear(file, prefix + "self_attn.v_proj", kv_width, c.hidden_size, c.qkv_bias),
-            linear(file, prefix + "self_attn.o_proj", c.hidden_size, query_width, c.output_bias),
-            norm(file, prefix + "post_attention_layernorm"),
-            linear(file, prefix + "mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-            linear(file, prefix + "mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-            linear(file, prefix + "mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)};
+    return {norm(reader, prefix + "input_layernorm"),
+            reader.linear(prefix + "self_attn.q_proj", c.qkv_bias),
+            reader.linear(prefix + "self_attn.k_proj", c.qkv_bias),
+            reader.linear(prefix + "self_attn.v_proj", c.qkv_bias),
+            reader.linear(prefix + "self_attn.o_proj", c.output_bias),
+            norm(reader, prefix + "post_attention_layernorm"),
+            reader.linear(prefix + "mlp.gate_proj", c.mlp_bias),
+            reader.linear(prefix + "mlp.up_proj", c.mlp_bias),
+            reader.linear(prefix + "mlp.down_proj", c.mlp_bias)};
   }
 
-  RmsNorm norm(const Checkpoint& file, const std::string& name) const {
-    return {file.read(name + ".weight", {config_.hidden_size}), config_.rms_norm_eps};
-  }
-
-  static Linear linear(const Checkpoint& file, const std::string& name, std::size_t outputs, std::size_t inputs,
-                       bool with_bias) {
-    std::vector<float> weight = file.read(name + ".weight", {outputs, inputs});
-    std::vector<float> bias = with_bias ? file.read(name + ".bias", {outputs}) : std::vector<float>{};
-    return {outputs, inputs, std::move(weight), std::move(bias)};
+  RmsNorm norm(WeightReader& reader, const std::string& name) const {
+    return {reader.values(name + ".weight"), config_.rms_norm_eps};
   }
 
   ModelConfig config_;

@@ -22,6 +22,7 @@ class Tokenizer {
  public:
   struct Encoding {
     std::vector<TokenId> ids;
+    std::size_t put_before = 0;              // how many of them are not the text's, but stand before each text
     std::vector<std::string> unknown_words;  // encoded as the unknown token
   };
 

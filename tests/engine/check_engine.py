@@ -60,8 +60,9 @@ def read_safetensors(path):
 
 
 # ------------------------------------------------------------------------------------------------------- a random model
-def write_model(directory, config, dtype, shards, seed):
-    """Writes the model directory; returns the weights as stored."""
+def write_model(directory, config, dtype, shards, seed, embedding_scale=1.0):
+    """Writes the model directory; returns the weights as stored. A wide model with a tied head repeats its last token,
+    unless the embeddings are small beside what the layers add."""
     random = np.random.default_rng(seed)
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
@@ -71,7 +72,7 @@ def write_model(directory, config, dtype, shards, seed):
     qkv_bias, output_bias = qwen or config.get("attention_bias", False), config.get("attention_bias", False)
     mlp_bias = config.get("mlp_bias", False)
 
-    arrays = {"model.embed_tokens.weight": random.normal(0, 1, (vocab, hidden))}
+    arrays = {"model.embed_tokens.weight": random.normal(0, embedding_scale, (vocab, hidden))}
 
     def linear(name, outputs, inputs, bias):
         arrays[name + ".weight"] = random.normal(0, 1.5 / math.sqrt(inputs), (outputs, inputs))
@@ -331,7 +332,7 @@ def check_refusals(binary, root, config):
     (base / "model.safetensors").unlink()
     refused("no weights", good + ids, "no such file")
     index = base / "model.safetensors.index.json"
-    for shard, word in [("../refused/x.safetensors", "plain file name"), ("gone.safetensors", "no such file"),
+    for shard, word in [("../refused/x.safetensors", "plain file name"), ("gone.safetensors", "missing"),
                         ("..", "plain")]:
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
         refused(f"shard {shard}", good + ids, word)
