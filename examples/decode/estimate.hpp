@@ -4,10 +4,10 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <kvsparse/core/stored_row.hpp>
@@ -40,7 +40,7 @@ inline std::optional<std::uint64_t> available_memory() {
   return std::nullopt;
 }
 
-/// Seconds that this machine takes for a weight now, with matrices that no cache of the processor holds.
+/// Seconds that a processor of this machine takes for a weight, in matrices that its caches do not hold.
 struct WeightTime {
   double one_token = 0.0;  // of a matrix-vector product: the time of reading it
   double chunk = 0.0;      // of a product with `chunk_tokens` columns
@@ -55,10 +55,10 @@ inline WeightTime measure_weight_time(std::size_t inputs, std::size_t chunk_toke
         Eigen::MatrixXf::Constant(static_cast<Eigen::Index>(inputs), static_cast<Eigen::Index>(columns), 0.5F);
     Eigen::MatrixXf y(static_cast<Eigen::Index>(outputs), static_cast<Eigen::Index>(columns));
     double least = std::numeric_limits<double>::infinity();
-    for (int round = 0; round < 3; ++round) {  // the least disturbed one
-      const auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < 3; ++round) {   // the least disturbed one
+      const std::clock_t start = std::clock();  // of this process: others may be running too
       matrix.apply(x, y);
-      least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      least = std::min(least, static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC);
     }
     return least / static_cast<double>(outputs * inputs);
   };
@@ -231,8 +231,8 @@ class RunEstimate {
         << "memory     " << bytes_text(bytes()) << " for weights and caches";
     if (available_) out << "; " << bytes_text(*available_) << " are available";
     out << "\ntime       each token reads " << bytes_text(model_.weights_per_token * sizeof(float))
-        << " of weights; this machine just read " << fixed_text(sizeof(float) / weight_.one_token / 1e9, 1)
-        << " GB/s in a matrix-vector product\n\n";
+        << " of weights; a processor of this machine just read "
+        << fixed_text(sizeof(float) / weight_.one_token / 1e9, 1) << " GB/s in a matrix-vector product\n\n";
     TextTable table({"policy", "caches", "kv read by the last token", "prompt", "a token", "all"});
     for (const PolicyEstimate& policy : policies_) {
       table.add_row({policy.policy, bytes_text(policy.cache_bytes), bytes_text(policy.read_bytes_at_end),
