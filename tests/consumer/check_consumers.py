@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks every way in which a project gets at kvsparse, as a user would go it.
 
-    check_consumers.py CMAKE COMPILER [FLAG...]
+    check_consumers.py CMAKE COMPILER -isystemEIGEN
 
 Installs the library, moves what was installed, makes the single header, and lets the project of this directory use each
 in turn: find_package, add_subdirectory, FetchContent, pkg-config with no build system, the single header. Its two
 translation units include the same, every header where it is installed, with warnings as errors; its program checks what
-it decodes. Nothing of ours may turn up in the project. No network. The flags are for the single header: where Eigen is.
+it decodes. Nothing of ours may turn up in the project. No network. EIGEN: where it is, for who does not ask CMake.
 """
 import concurrent.futures
 import json
@@ -26,15 +26,15 @@ LIBRARY = ROOT / "include" / "kvsparse"
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-pedantic", "-Werror"]
 SOURCES = ["decode_loop.cpp", "second_unit.cpp"]
 
-# testing/ needs GoogleTest, which a project that uses the library need not have.
+# testing/ is for tests of policies, and needs GoogleTest, which a project that uses the library need not have.
 HEADERS = sorted(path.relative_to(LIBRARY.parent).as_posix() for path in LIBRARY.rglob("*.hpp")
                  if path.relative_to(LIBRARY).parts[0] != "testing")
 
 # What may turn up in a project that takes kvsparse: names that say whose they are, and what Eigen's package and CMake's
 # own modules leave behind.
 WELCOME_VARIABLES = re.compile(r"(?i)_*(kvsparse|eigen3|fetchcontent|cmake_arg|remembered)_?|PACKAGE_PREFIX_DIR$")
-WELCOME_TARGETS = {"find_package": {"kvsparse::kvsparse", "Eigen3::Eigen"},
-                   "add_subdirectory": {"kvsparse"}, "FetchContent": {"kvsparse"}}
+WELCOME_TARGETS = {"find_package": {"kvsparse::kvsparse", "Eigen3::Eigen"}, "add_subdirectory": {"kvsparse"},
+                   "FetchContent": {"kvsparse", "Eigen3::Eigen"}}  # there Eigen is the project's own
 
 
 class Failure(Exception):
@@ -65,8 +65,8 @@ def version_of_headers():
 
 
 class Consumers:
-    def __init__(self, room, cmake, compiler, flags):
-        self.room, self.cmake, self.compiler, self.flags = room, cmake, compiler, flags
+    def __init__(self, room, cmake, compiler, eigen):
+        self.room, self.cmake, self.compiler, self.eigen = room, cmake, compiler, eigen
         self.version = version_of_headers()
         self.installed = room / "moved"
         self.single = room / "build" / "kvsparse_single.hpp"
@@ -159,10 +159,10 @@ class Consumers:
         expect(not missing, f"with KVSPARSE_INSTALL the project does not install {sorted(missing)}")
 
     def fetch_content(self):
-        """From a tree that lies there already, which is CMake's own way without a network."""
+        """From a tree that lies there already: no network. With an Eigen of the project's."""
         directory = self.project("FetchContent", ["<kvsparse/kvsparse.hpp>"])
         self.use_with_cmake("FetchContent", directory, f"-DFETCHCONTENT_SOURCE_DIR_KVSPARSE={ROOT}",
-                            "-DFETCHCONTENT_FULLY_DISCONNECTED=ON")
+                            "-DFETCHCONTENT_FULLY_DISCONNECTED=ON", f"-DMY_EIGEN={self.eigen}")
 
     def pkg_config(self):
         directory = self.project("pkg_config", ["<kvsparse/kvsparse.hpp>"])
@@ -192,7 +192,7 @@ class Consumers:
         expect(f"// kvsparse {self.version}:" in text, "the single header does not say its version")
 
         shutil.copy(self.single, directory)
-        run(self.compiler, *self.flags, "-std=c++20", *WARNINGS, *SOURCES, "-o", "my_engine", cwd=directory)
+        run(self.compiler, f"-isystem{self.eigen}", "-std=c++20", *WARNINGS, *SOURCES, "-o", "my_engine", cwd=directory)
         self.decode(directory / "my_engine")
 
         # A part of the library, and the mistake of including both kinds.
@@ -212,8 +212,8 @@ class Consumers:
         """README's lines are those that were tried."""
         readme = " ".join((ROOT / "README.md").read_text().split())
         project = (HERE / "CMakeLists.txt").read_text()
-        lines = re.findall(r"^ *((?:find_package|add_subdirectory|FetchContent_\w+)\(kvsparse.*\))$", project, re.MULTILINE)
-        lines = [line for line in lines if "QUIET" not in line]
+        ways = r"^ *((?:find_package|add_subdirectory|FetchContent_\w+)\(kvsparse.*\))$"
+        lines = [line for line in re.findall(ways, project, re.MULTILINE) if "QUIET" not in line]
         expect(len(lines) == 4, f"the project takes kvsparse by {lines}")
         lines += ["cmake --preset package", "cmake --install build/package --prefix", "--target single_header",
                   "$(pkg-config --cflags kvsparse)"]
@@ -222,12 +222,12 @@ class Consumers:
 
 
 def main():
-    cmake, compiler, flags = sys.argv[1], sys.argv[2], sys.argv[3:]
+    cmake, compiler, eigen = sys.argv[1], sys.argv[2], sys.argv[3].removeprefix("-isystem")
     problems = 0
     for name in ("CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_BUILD_TYPE"):  # this machine's, not the library's
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory() as room:
-        consumers = Consumers(pathlib.Path(room).resolve(), cmake, compiler, flags)
+        consumers = Consumers(pathlib.Path(room).resolve(), cmake, compiler, eigen)
         consumers.prepare()
         ways = [consumers.check_installed_tree, consumers.find_package, consumers.add_subdirectory,
                 consumers.fetch_content, consumers.pkg_config, consumers.single_header, consumers.readme]

@@ -5,8 +5,8 @@
     single_header.py OUTPUT [HEADER...]
 
 HEADER, as in kvsparse.hpp or cache/any_cache.hpp: these and what they include. Without any: the whole library except
-testing/, which needs GoogleTest. Every header comes once, behind those that it includes. One that needs more than Eigen's
-core and the standard library comes last, and counts where that other library is found (OpenMP's says so itself).
+testing/, which is for tests of policies. Every header comes once, behind those that it includes. One that needs more than
+Eigen's core and the standard library comes last, and counts where that other library is found (OpenMP's says so itself).
 """
 import pathlib
 import re
@@ -35,8 +35,8 @@ OPENING = """\
 
 
 def version():
-    numbers = re.findall(r"^#define KVSPARSE_VERSION_[A-Z]+ ([0-9]+)$", (LIBRARY / "version.hpp").read_text(), re.MULTILINE)
-    return ".".join(numbers)
+    text = (LIBRARY / "version.hpp").read_text()
+    return ".".join(re.findall(r"^#define KVSPARSE_VERSION_[A-Z]+ ([0-9]+)$", text, re.MULTILINE))
 
 
 class Header:
