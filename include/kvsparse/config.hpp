@@ -11,6 +11,16 @@
 #define KVSPARSE_ASSERT(condition) assert(condition)
 #endif
 
+/// Fills the rows of a page that nobody holds any more with NaN; on in debug builds. Who still reads it, or reads a new
+/// page before writing it, then gets no plausible number.
+#ifndef KVSPARSE_POISON_FREED_PAGES
+#if defined(NDEBUG)
+#define KVSPARSE_POISON_FREED_PAGES 0
+#else
+#define KVSPARSE_POISON_FREED_PAGES 1
+#endif
+#endif
+
 /// Configuration and I/O errors throw; without exceptions they print the same sentence and abort.
 #ifndef KVSPARSE_THROW
 #if defined(__cpp_exceptions)

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <set>
 #include <vector>
@@ -134,6 +135,48 @@ TEST(PagePool, IsNeverLargerThanTheBytesItMayHave) {
   EXPECT_THROW(PagePool<Half>(two_heads, PageSummary::none, 0), ConfigError);
   EXPECT_THROW(PagePool<Half>(Geometry{1, 1, 0, 4}, PageSummary::none, 1), ConfigError);
   EXPECT_THROW(PagePool<Half>::of_bytes(Geometry{1, 0, 8, 4}, PageSummary::none, 1000), ConfigError);
+}
+
+template <class Scalar>
+void expect_freed_page_to_hold_no_number() {
+  PagePool<Scalar> pool(geometry, PageSummary::none, 2);
+  const PageId page = pool.acquire(), other = pool.acquire();
+  auto& rows = pool.memory().rows;
+  const std::vector<float> ones(geometry.head_dim, 1.0F);
+  const auto numbers = [&](PageId of) {
+    std::size_t count = 0;
+    std::vector<float> row(geometry.head_dim);
+    for (std::uint32_t slot = 0; slot < geometry.page_size; ++slot) {
+      rows.load_key(of, {slot}, row);
+      for (const float element : row) count += std::isnan(element) ? 0 : 1;
+      rows.load_value(of, {slot}, row);
+      for (const float element : row) count += std::isnan(element) ? 0 : 1;
+    }
+    return count;
+  };
+  for (const PageId of : {page, other}) {
+    for (std::uint32_t slot = 0; slot < geometry.page_size; ++slot) {
+      store_row(ones.data(), geometry.head_dim, rows.key_row(of, {slot}));
+      store_row(ones.data(), geometry.head_dim, rows.value_row(of, {slot}));
+    }
+  }
+  const std::size_t all = 2 * geometry.page_size * geometry.head_dim;
+  pool.retain(page);
+  pool.release(page);
+  EXPECT_EQ(numbers(page), all) << "somebody still holds it";
+  pool.release(page);
+  EXPECT_EQ(numbers(page), KVSPARSE_POISON_FREED_PAGES != 0 ? 0U : all);
+  EXPECT_EQ(numbers(other), all);
+}
+
+TEST(PagePool, AFreedPageHoldsNoNumberInDebugBuilds) {
+  expect_freed_page_to_hold_no_number<float>();
+  expect_freed_page_to_hold_no_number<Half>();
+  expect_freed_page_to_hold_no_number<Bfloat16>();
+  expect_freed_page_to_hold_no_number<Int8>();
+#ifndef NDEBUG
+  EXPECT_EQ(KVSPARSE_POISON_FREED_PAGES, 1);
+#endif
 }
 
 TEST(AlignedArray, IsAlignedToCacheLinesAndLargeOnesToHugePages) {

@@ -36,9 +36,12 @@ class LayerHeads {
   std::size_t prompt_tokens() const { return prompt_tokens_; }  ///< appended as prompt so far
   bool in_prompt() const { return !prompt_ended_; }             ///< whether more prompt may come
   /// Tokens that a head holds.
-  std::size_t resident_tokens(std::size_t kv_head) const { return heads_[kv_head].table.resident_tokens(); }
+  std::size_t resident_tokens(std::size_t kv_head) const { return table(kv_head).resident_tokens(); }
   /// The pages that a head holds, oldest first.
-  const PageTable& table(std::size_t kv_head) const { return heads_[kv_head].table; }
+  const PageTable& table(std::size_t kv_head) const {
+    KVSPARSE_ASSERT(kv_head < heads_.size());
+    return heads_[kv_head].table;
+  }
   /// Pages a head may hold: those of the budget, or more for a long prompt under PromptOverflow::grow. The mean over
   /// the heads, where they share it.
   std::size_t page_budget() const { return context_.page_budget; }
@@ -73,11 +76,13 @@ class LayerHeads {
 
   /// The positions a head holds, ascending. Allocates.
   std::vector<Position> resident_positions(std::size_t kv_head) const {
+    KVSPARSE_ASSERT(kv_head < heads_.size());
     return heads_[kv_head].positions([](PageIndex, Slot) { return true; });
   }
   /// The positions that some query head of the group read in the latest attend, ascending; none once a page was given
   /// up since. Allocates. Valid until the next append.
   std::vector<Position> read_positions(std::size_t kv_head) const {
+    KVSPARSE_ASSERT(kv_head < heads_.size());
     return heads_[kv_head].positions([&](PageIndex page, Slot slot) { return heads_[kv_head].was_read(page, slot); });
   }
 
@@ -85,6 +90,7 @@ class LayerHeads {
 
   /// Starts a query of the token before `end`: forgets the previous query's evidence.
   void begin_query(std::size_t kv_head, Position end) noexcept {
+    KVSPARSE_ASSERT(kv_head < heads_.size() && end > Position{0} && end <= next_);
     const auto window = static_cast<std::int64_t>(config_.logits.window);
     const Position first_seen{window == 0 ? 0 : std::max<std::int64_t>(0, end.value - window)};
     heads_[kv_head].begin_query(end, first_seen, geometry().group());

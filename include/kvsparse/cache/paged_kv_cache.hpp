@@ -303,7 +303,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
   PagedKvCache(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan)
       : PagedKvCache(config, policy, plan, own_pool(config, policy)) {}
   PagedKvCache(const CacheConfig& config, const Policy& policy, const detail::CachePlan& plan, const Pool& pool)
-      : Pages(config, policy, plan, detail::row_access<Key, Value>(), &pool.memory()), pool_(pool) {
+      : Pages(config, policy, plan, detail::row_access<Key, Value>(pool.summary()), &pool.memory()), pool_(pool) {
     detail::check_pool_fits(plan.geometry, std::string(Policy::name), traits::page_summary(policy), pool);
     const detail::HeadSizes n(plan, policy);
     scratch_.reserve(plan.geometry.kv_heads);

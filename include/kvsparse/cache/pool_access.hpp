@@ -12,9 +12,9 @@
 
 namespace kvsparse::detail {
 
-/// Functions whose first argument is a PageMemory<Key, Value>.
+/// Functions whose first argument is a PageMemory<Key, Value> with summaries of that kind; null for what these lack.
 template <StorageScalar Key, StorageScalar Value>
-RowAccess row_access() {
+RowAccess row_access(PageSummary summary) {
   using Memory = PageMemory<Key, Value>;
   RowAccess access;
   access.load_key = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
@@ -23,12 +23,15 @@ RowAccess row_access() {
   access.load_value = [](const void* memory, PageId page, Slot slot, std::span<float> row) {
     static_cast<const Memory*>(memory)->rows.load_value(page, slot, row);
   };
+  if (summary == PageSummary::mean) {
+    access.load_key_sum = [](const void* memory, PageId page, std::span<float> sum) {
+      std::copy_n(static_cast<const Memory*>(memory)->summaries.sum(page), sum.size(), sum.begin());
+    };
+  }
+  if (summary != PageSummary::min_max) return access;
   access.load_bounds = [](const void* memory, PageId page, std::span<float> lowest, std::span<float> highest) {
     load_row(static_cast<const Memory*>(memory)->summaries.min(page), lowest);
     load_row(static_cast<const Memory*>(memory)->summaries.max(page), highest);
-  };
-  access.load_key_sum = [](const void* memory, PageId page, std::span<float> sum) {
-    std::copy_n(static_cast<const Memory*>(memory)->summaries.sum(page), sum.size(), sum.begin());
   };
   access.upper_bounds = [](const void* memory, std::span<const ResidentPage> pages, const QueryGroup& queries,
                            BoundPooling pooling, std::span<float> padded_queries, std::span<float> bounds) {

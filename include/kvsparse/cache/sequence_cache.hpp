@@ -68,9 +68,15 @@ class SequenceCache {
 
   std::size_t layers() const { return layers_.size(); }  ///< caches
   /// One layer's cache; layer < layers().
-  const Cache& layer(std::size_t layer) const { return layers_[layer]; }
+  const Cache& layer(std::size_t layer) const {
+    KVSPARSE_ASSERT(layer < layers_.size());
+    return layers_[layer];
+  }
   /// For an engine with a kernel of its own: select, record, observe. Tokens come through append alone.
-  Cache& layer(std::size_t layer) { return layers_[layer]; }
+  Cache& layer(std::size_t layer) {
+    KVSPARSE_ASSERT(layer < layers_.size());
+    return layers_[layer];
+  }
 
   /// The length of the sequence: tokens that every layer has. A step that has not reached the last layer does not
   /// count.

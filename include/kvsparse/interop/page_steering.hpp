@@ -90,12 +90,14 @@ class PagesOfAllHeads {
   /// The next head's page: the owner's for the first of kv_heads calls, the same for the others.
   PageId acquire() {
     if (heads_served_ == 0) page_ = owner_->acquire();
+    KVSPARSE_ASSERT(page_.value < heads_holding_.size());
     heads_served_ = (heads_served_ + 1) % kv_heads_;
     ++heads_holding_[page_.value];
     return page_;
   }
   /// One head lets go of it.
   void release(PageId page) {
+    KVSPARSE_ASSERT(page.value < heads_holding_.size() && heads_holding_[page.value] > 0);
     if (--heads_holding_[page.value] == 0) owner_->release(page);
   }
 

@@ -33,8 +33,11 @@ class PageLedger {
   /// Pages that more than one table names.
   std::size_t shared_pages() const { return shared_pages_; }
   /// How many tables name the page; 0: it is free.
-  std::uint32_t references(PageId page) const { return references_[page.value]; }
-  bool is_shared(PageId page) const { return references_[page.value] > 1; }  ///< named by several
+  std::uint32_t references(PageId page) const {
+    KVSPARSE_ASSERT(page.value < references_.size());
+    return references_[page.value];
+  }
+  bool is_shared(PageId page) const { return references(page) > 1; }  ///< named by several
 
   /// Hands out the page given back last, or the next one never used; for one table. There must be a free page. O(1).
   PageId acquire() {

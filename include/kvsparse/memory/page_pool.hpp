@@ -102,7 +102,12 @@ class PagePool {
   /// One more holder of a page that is not free. O(1).
   void retain(PageId page) { shared_->ledger.retain(page); }
   /// One holder less; the last one's page is free. See PageLedger::release.
-  void release(PageId page) { shared_->ledger.release(page); }
+  void release(PageId page) {
+    shared_->ledger.release(page);
+    if constexpr (KVSPARSE_POISON_FREED_PAGES != 0) {
+      if (references(page) == 0) memory().rows.poison(page);
+    }
+  }
   /// A new page with the rows and the summary of another one, of this pool or of one like it.
   PageId acquire_copy(const PagePool& from, PageId page) {
     const PageId copy = acquire();

@@ -84,6 +84,12 @@ class PageRows {
     std::memcpy(storage_.data() + to.value * page_bytes_, from.storage_.data() + page.value * page_bytes_, page_bytes_);
   }
 
+  /// Makes every element of the page NaN, and every scale.
+  void poison(PageId page) {
+    constexpr int of_all_types = 0xFF;  // also of an int8 row's scale
+    std::memset(storage_.data() + page.value * page_bytes_, of_all_types, page_bytes_);
+  }
+
   /// What the kernel reads.
   PagedKv<Key, Value> view() const {
     auto* self = const_cast<PageRows*>(this);

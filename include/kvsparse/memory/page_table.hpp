@@ -39,9 +39,15 @@ class PageTable {
   std::size_t size() const { return pages_.size(); }          ///< pages
   std::size_t capacity() const { return pages_.capacity(); }  ///< pages there is room for
   /// The index-th oldest page; index < size().
-  const ResidentPage& operator[](PageIndex index) const { return pages_[index.value]; }
+  const ResidentPage& operator[](PageIndex index) const {
+    KVSPARSE_ASSERT(index.value < pages_.size());
+    return pages_[index.value];
+  }
   /// The newest page; there must be one.
-  const ResidentPage& back() const { return pages_.back(); }
+  const ResidentPage& back() const {
+    KVSPARSE_ASSERT(!pages_.empty());
+    return pages_.back();
+  }
   std::size_t pinned_pages() const { return pinned_; }              ///< pages
   std::size_t resident_tokens() const { return resident_tokens_; }  ///< in all pages
 
@@ -54,19 +60,25 @@ class PageTable {
   }
   /// One more token in the newest page.
   void add_token() {
+    KVSPARSE_ASSERT(!pages_.empty());
     ++pages_.back().tokens;
     ++resident_tokens_;
   }
   /// The entry's rows lie in another page of the pool from now on.
-  void move_to(PageIndex index, PageId page) { pages_[index.value].page = page; }
+  void move_to(PageIndex index, PageId page) {
+    KVSPARSE_ASSERT(index.value < pages_.size());
+    pages_[index.value].page = page;
+  }
   /// The page, which was pinned, may be evicted from now on.
   void unpin(PageIndex index) {
+    KVSPARSE_ASSERT(index.value < pages_.size());
     KVSPARSE_ASSERT(pages_[index.value].pinned);
     pages_[index.value].pinned = false;
     --pinned_;
   }
   /// Removes an entry; the later ones move up. O(pages behind it).
   void erase(PageIndex index) {
+    KVSPARSE_ASSERT(index.value < pages_.size());
     const ResidentPage& page = pages_[index.value];
     pinned_ -= page.pinned ? 1 : 0;
     resident_tokens_ -= page.tokens;

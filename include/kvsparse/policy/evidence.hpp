@@ -100,7 +100,10 @@ class Evidence {
     return {storage_.token_weights + at(page, query) * storage_.page_size, storage_.page_size};
   }
   /// log of the softmax's denominator over what the query head read.
-  float log_sum_exp(std::size_t query) const { return storage_.log_sum_exp[query]; }
+  float log_sum_exp(std::size_t query) const {
+    KVSPARSE_ASSERT(query < group());
+    return storage_.log_sum_exp[query];
+  }
 
  private:
   std::size_t at(PageIndex page, std::size_t query) const {

@@ -247,36 +247,40 @@ class HeadPages {
 
   /// row: [head_dim]. O(head_dim).
   void load_key(PageIndex page, Slot slot, std::span<float> row) const {
-    KVSPARSE_ASSERT(rows().load_key != nullptr);
+    KVSPARSE_ASSERT(rows().load_key != nullptr && slot.value < page_size() && row.size() == head_dim());
     rows().load_key(storage_.rows, table()[page].page, slot, row);
   }
   /// row: [value_dim]. O(value_dim).
   void load_value(PageIndex page, Slot slot, std::span<float> row) const {
-    KVSPARSE_ASSERT(rows().load_value != nullptr);
+    KVSPARSE_ASSERT(rows().load_value != nullptr && slot.value < page_size() && row.size() == value_dim());
     rows().load_value(storage_.rows, table()[page].page, slot, row);
   }
   /// lowest, highest: [head_dim], channel-wise over the page's keys. Needs page_summary = min_max. O(head_dim).
   void load_bounds(PageIndex page, std::span<float> lowest, std::span<float> highest) const {
-    KVSPARSE_ASSERT(rows().load_bounds != nullptr);
+    KVSPARSE_ASSERT(rows().load_bounds != nullptr && lowest.size() == head_dim() && highest.size() == head_dim());
     rows().load_bounds(storage_.rows, table()[page].page, lowest, highest);
   }
   /// mean: [head_dim] mean of the page's keys. Needs page_summary = mean. O(head_dim).
   void load_mean_key(PageIndex page, std::span<float> mean) const {
+    KVSPARSE_ASSERT(rows().load_key_sum != nullptr && mean.size() == head_dim());
     rows().load_key_sum(storage_.rows, table()[page].page, mean);
     for (float& element : mean) element /= static_cast<float>(table()[page].tokens);
   }
   /// bounds [size(), group]: no key of the page has a larger dot product (unscaled) with the query. Needs page_summary
   /// = min_max. O(size() * group * head_dim), at the bandwidth of the summaries.
   void upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
+    KVSPARSE_ASSERT(rows().upper_bounds != nullptr && bounds.size() >= size() * queries.size);
     rows().upper_bounds(storage_.rows, table_pages(), queries, BoundPooling::none, storage_.padded_queries, bounds);
   }
   /// bounds [size()]: the largest over the query group of upper_bounds, at no more than its cost.
   void pooled_upper_bounds(const QueryGroup& queries, std::span<float> bounds) const {
+    KVSPARSE_ASSERT(rows().upper_bounds != nullptr && bounds.size() >= size());
     rows().upper_bounds(storage_.rows, table_pages(), queries, BoundPooling::max, storage_.padded_queries, bounds);
   }
   /// magnitudes [size()]: no element of the page's keys is larger in magnitude. Needs page_summary = min_max.
   /// O(size() * head_dim).
   void largest_magnitudes(std::span<float> magnitudes) const {
+    KVSPARSE_ASSERT(rows().largest_magnitudes != nullptr && magnitudes.size() >= size());
     rows().largest_magnitudes(storage_.rows, table_pages(), magnitudes);
   }
   /// The query group seen `age` attend calls ago (0: the one before the running one); needs the query_window trait.
@@ -302,7 +306,10 @@ class HeadPages {
  private:
   const PageTable& table() const { return *storage_.table; }
   const RowAccess& rows() const { return storage_.context->rows; }
-  std::span<const ResidentPage> table_pages() const { return {&table()[{0}], size_}; }
+  std::span<const ResidentPage> table_pages() const {
+    if (size_ == 0) return {};
+    return {&table()[{0}], size_};
+  }
   Range range(bool evictable_only) const {
     return {{this, 0, evictable_only}, {this, static_cast<std::uint32_t>(size_), evictable_only}};
   }

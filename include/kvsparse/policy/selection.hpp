@@ -67,7 +67,10 @@ class Selection {
   std::size_t resident_pages() const { return selected_.size(); }   ///< pages to choose among
   std::span<const SelectedPage> pages() const { return entries_; }  ///< those chosen so far
   /// Whether the page, or part of it, is chosen.
-  bool contains(PageIndex page) const { return selected_[page.value] != 0; }
+  bool contains(PageIndex page) const {
+    KVSPARSE_ASSERT(page.value < selected_.size());
+    return selected_[page.value] != 0;
+  }
 
   /// Reads a page; adding one twice has no effect.
   void add(SelectedPage selected) {
@@ -110,7 +113,7 @@ class Selection {
   }
   /// The page's token mask, all zero: set the bits of the slots to read and pass it as SelectedPage::tokens.
   std::span<std::uint64_t> token_mask(PageIndex page) {
-    KVSPARSE_ASSERT(mask_words_ > 0);
+    KVSPARSE_ASSERT(mask_words_ > 0 && page.value < selected_.size());
     const std::span<std::uint64_t> mask(masks_.data() + page.value * mask_words_, mask_words_);
     std::fill(mask.begin(), mask.end(), 0);
     return mask;
