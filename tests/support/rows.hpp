@@ -3,7 +3,9 @@
 // Random queries, keys and values for tests that talk to PagedKvCache directly, and the exact answer to compare with.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <span>
 #include <vector>
@@ -11,7 +13,7 @@
 #include "kvsparse/attention/exact.hpp"
 #include "kvsparse/cache/cache_config.hpp"
 #include "kvsparse/core/stored_row.hpp"
-#include "random_trace.hpp"
+#include "test_rng.hpp"
 
 namespace kvsparse_test {
 
