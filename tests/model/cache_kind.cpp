@@ -82,6 +82,7 @@ CacheKind try_kind(std::string_view policy, ScalarType scalar, const PoolShape& 
   config.kv_heads = shape.kv_heads;
   config.query_heads = shape.kv_heads * shape.group;
   config.head_dim = shape.head_dim;
+  config.value_dim = shape.value_dim;
   config.page_size = shape.page_size;
   draw_settings(kind, facts.option_keys, rng);
 
@@ -129,6 +130,7 @@ std::string CacheKind::describe() const {
   add("query_heads", config.query_heads);
   add("kv_heads", config.kv_heads);
   add("head_dim", config.head_dim);
+  add("value_dim", config.value_dim);
   add("page_size", config.page_size);
   if (evicts) add("budget_tokens", config.budget_tokens);
   if (!evicts) add("max_tokens", config.max_tokens);
@@ -153,11 +155,13 @@ std::vector<std::string> policies_to_model() {
 
 PoolShape draw_shape(std::string_view policy, std::size_t page_size, TestRng& rng) {
   constexpr std::size_t head_dims[] = {1, 5, 8, 20};
+  constexpr std::size_t value_dims[] = {1, 3, 16, 24};
   PoolShape shape;
   shape.kv_heads = draw(rng, 1, 2);
   // What each query head of a group read by itself is not told.
   shape.group = has_part(policy, "oracle") ? 1 : draw(rng, 1, 3);
   shape.head_dim = head_dims[rng.below(4)];
+  shape.value_dim = rng.below(3) == 0 ? value_dims[rng.below(4)] : shape.head_dim;
   shape.page_size = page_size;
   PageSummary summaries[] = {PageSummary::none, PageSummary::min_max, PageSummary::mean};
   std::swap(summaries[0], summaries[draw(rng, 0, 1)]);
@@ -188,7 +192,11 @@ CacheKind draw_kind(std::string_view policy, ScalarType scalar, const PoolShape&
 }
 
 AnyPagePool make_pool(ScalarType scalar, const PoolShape& shape, std::size_t pages) {
-  const Geometry geometry{shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, shape.page_size};
+  const Geometry geometry{.query_heads = shape.kv_heads * shape.group,
+                          .kv_heads = shape.kv_heads,
+                          .head_dim = shape.head_dim,
+                          .page_size = shape.page_size,
+                          .value_dim = shape.value_dim};
   return with_scalar(scalar, [&]<class Scalar>() -> AnyPagePool {
     return PagePool<Scalar>(geometry, shape.summary, pages * shape.kv_heads);
   });

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kvsparse/cache/any_cache.hpp"
-#include "support/random_trace.hpp"
+#include "support/test_rng.hpp"
 
 namespace kvsparse_test {
 
@@ -65,7 +65,7 @@ struct CacheKind {
 
 /// What the caches of one pool have in common.
 struct PoolShape {
-  std::size_t kv_heads = 1, group = 1, head_dim = 8, page_size = 1;
+  std::size_t kv_heads = 1, group = 1, head_dim = 8, value_dim = 8, page_size = 1;
   kvsparse::PageSummary summary = kvsparse::PageSummary::none;
 };
 

@@ -188,7 +188,8 @@ void ModelWorld::check_pages(const Entry& entry, std::size_t head) const {
 void ModelWorld::check_rows(const Entry& entry, std::size_t head) const {
   const PageTable& table = *entry.image.heads[head].table;
   const std::size_t head_dim = geometry().head_dim;
-  std::vector<float> row(head_dim), lowest(head_dim), highest(head_dim), sum(head_dim);
+  std::vector<float> key(head_dim), value(geometry().dim_of_values()), lowest(head_dim), highest(head_dim),
+      sum(head_dim);
   const auto check = [&](const auto& pool) {
     const auto& [rows, summaries] = pool.memory();
     using Summary = std::remove_cvref_t<decltype(*summaries.min({0}))>;
@@ -196,19 +197,19 @@ void ModelWorld::check_rows(const Entry& entry, std::size_t head) const {
       const ResidentPage& page = table[{i}];
       for (std::uint32_t slot = 0; slot < page.tokens; ++slot) {
         const std::size_t position = index_of(page.first_position) + slot;
-        const auto expected = [&](std::span<const float> of_model, const char* what) {
+        const auto expected = [&](const std::vector<float>& row, std::span<const float> of_model, const char* what) {
           require(std::equal(row.begin(), row.end(), of_model.begin()), "the ", what, " at position ", position,
                   " is not what came");
         };
-        load_row(rows.key_row(page.page, {slot}), row);
-        expected(stock_.stored_key(entry.model.rows[position], head), "key");
+        load_row(rows.key_row(page.page, {slot}), key);
+        expected(key, stock_.stored_key(entry.model.rows[position], head), "key");
         for (std::size_t d = 0; d < head_dim; ++d) {
-          lowest[d] = slot == 0 ? row[d] : std::min(lowest[d], row[d]);
-          highest[d] = slot == 0 ? row[d] : std::max(highest[d], row[d]);
-          sum[d] = (slot == 0 ? 0.0F : sum[d]) + row[d];
+          lowest[d] = slot == 0 ? key[d] : std::min(lowest[d], key[d]);
+          highest[d] = slot == 0 ? key[d] : std::max(highest[d], key[d]);
+          sum[d] = (slot == 0 ? 0.0F : sum[d]) + key[d];
         }
-        load_row(rows.value_row(page.page, {slot}), row);
-        expected(stock_.stored_value(entry.model.rows[position], head), "value");
+        load_row(rows.value_row(page.page, {slot}), value);
+        expected(value, stock_.stored_value(entry.model.rows[position], head), "value");
       }
       const std::int64_t first = page.first_position.value;
       for (std::size_t d = 0; d < head_dim && summaries.kind() == PageSummary::min_max; ++d) {
@@ -325,6 +326,7 @@ void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t e
   if (entry.kind->answers_for_gone) return;
   const CacheConfig& config = entry.kind->config;
   const std::size_t head_dim = geometry().head_dim;
+  const std::size_t value_dim = geometry().dim_of_values();
   ExactLogits logits;
   logits.scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
   logits.soft_cap = static_cast<double>(config.logits.soft_cap);
@@ -343,7 +345,7 @@ void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t e
       return stock_.stored_value(entry.model.rows[static_cast<std::size_t>(read[i])], head);
     };
     const ExactAttention exact = exact_attention(
-        query, read.size(), key, value, [&](std::size_t i) { return read[i]; }, logits, head_dim);
+        query, read.size(), key, value, [&](std::size_t i) { return read[i]; }, logits, value_dim);
     // The rounding error of a logit grows with the products that are summed.
     double products = 0;
     double largest = 1;
@@ -351,13 +353,13 @@ void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t e
       double sum = 0;
       for (std::size_t d = 0; d < head_dim; ++d) {
         sum += std::abs(static_cast<double>(query[d]) * static_cast<double>(key(i)[d]));
-        largest = std::max(largest, std::abs(static_cast<double>(value(i)[d])));
       }
+      for (const float element : value(i)) largest = std::max(largest, std::abs(static_cast<double>(element)));
       products = std::max(products, sum * logits.scale);
     }
     const double tolerance = 2e-6 * (4 + products + static_cast<double>(read.size()));
-    for (std::size_t d = 0; d < head_dim; ++d) {
-      const auto got = static_cast<double>(out[query_head * head_dim + d]);
+    for (std::size_t d = 0; d < value_dim; ++d) {
+      const auto got = static_cast<double>(out[query_head * value_dim + d]);
       require(std::abs(got - exact.out[d]) <= tolerance * largest, "query head ", query_head, " gives ", got,
               " in channel ", d, "; the exact softmax over what it read gives ", exact.out[d]);
     }

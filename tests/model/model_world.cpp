@@ -248,7 +248,7 @@ void ModelWorld::append(Entry& entry, std::size_t count, std::uint32_t seed, boo
   const std::vector<float> v = values(seed, count);
   const std::size_t free_before = free_pages();
   const Status status = one_by_one ? entry.cache.append(std::span(k), std::span(v))
-                                   : entry.cache.append(chunk(k, count), chunk(v, count));
+                                   : entry.cache.append(key_chunk(k, count), value_chunk(v, count));
   expect(entry, status, expected);
   if (!status || count == 0) return;
   require(free_pages() + demand.pages >= free_before, count, " tokens took ", free_before - free_pages(),
@@ -271,7 +271,7 @@ void ModelWorld::append_prompt(Entry& entry, std::size_t count, std::uint32_t se
   const std::vector<float> v = values(seed, count);
   const std::size_t free_before = free_pages();
   const Status status = seed % 2 == 0 ? entry.cache.append_prompt(std::span(k), std::span(v))
-                                      : entry.cache.append_prompt(chunk(k, count), chunk(v, count));
+                                      : entry.cache.append_prompt(key_chunk(k, count), value_chunk(v, count));
   expect(entry, status, expected);
   if (!status || count == 0) return;
   require(free_pages() + demand.pages >= free_before, "a prompt of ", count, " tokens took ",
@@ -294,7 +294,7 @@ void ModelWorld::append_draft(Entry& entry, std::size_t count, std::uint32_t see
   const std::vector<float> k = keys(seed, count);
   const std::vector<float> v = values(seed, count);
   const std::size_t free_before = free_pages();
-  expect(entry, entry.cache.append_draft(chunk(k, count), chunk(v, count)), expected);
+  expect(entry, entry.cache.append_draft(key_chunk(k, count), value_chunk(v, count)), expected);
   if (expected != Code::ok || count == 0) return;
   // The end of the prompt may give pages back.
   require(free_pages() + pages >= free_before, "drafts took more pages than they open and copy");
@@ -332,7 +332,7 @@ void ModelWorld::query(Entry& entry, std::uint32_t seed) {
                         : too_many          ? Code::too_many_draft_queries
                                             : Code::ok;
   const std::vector<float> q = queries_of(seed, 1);
-  std::vector<float> out(q.size()), lse(geometry().query_heads);
+  std::vector<float> out(output_row()), lse(geometry().query_heads);
   const BackwardExecutor backward;
   const Status status = seed % 2 == 0 ? entry.cache.attend(std::span(q), std::span(out), lse)
                                       : entry.cache.attend(std::span(q), std::span(out), lse, backward);
@@ -358,15 +358,15 @@ void ModelWorld::queries(Entry& entry, std::size_t count, std::uint32_t seed) {
                         : too_many             ? Code::too_many_draft_queries
                                                : Code::ok;
   const std::vector<float> q = queries_of(seed, count);
-  std::vector<float> out(q.size());
+  std::vector<float> out(count * output_row());
   const TokenRows<const float> of_tokens(q.data(), count, geometry().query_heads, geometry().head_dim);
-  const TokenRows<float> outs(out.data(), count, geometry().query_heads, geometry().head_dim);
+  const TokenRows<float> outs(out.data(), count, geometry().query_heads, geometry().dim_of_values());
   const Status status = entry.cache.attend_prompt(of_tokens, outs);
   expect(entry, status, expected);
   if (!status || count == 0) return;
   entry.model.ask_for_newest(count, seed);
   check_reads(entry);
-  const std::size_t row = geometry().query_heads * geometry().head_dim;
+  const std::size_t row = output_row();
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t end = model.length() - count + 1 + i;
     if (entry.kind->selects && i + 1 < count) continue;  // only the last one's reads are known
@@ -480,26 +480,28 @@ void ModelWorld::copy(const Entry& entry) {
 
 void ModelWorld::wrong_shape(Entry& entry, std::uint32_t seed) {
   const Geometry& shape = geometry();
-  const std::vector<float> rows(4 * (shape.query_heads + 1) * (shape.head_dim + 1));
+  const std::size_t head_dim = shape.head_dim, value_dim = shape.dim_of_values();
+  const std::vector<float> rows(4 * (shape.query_heads + 1) * (std::max(head_dim, value_dim) + 1));
   std::vector<float> out(rows.size());
   const std::span<const float> flat(rows);
-  const std::size_t kv = shape.kv_heads * shape.head_dim;
-  const std::size_t q = shape.query_heads * shape.head_dim;
-  const HeadRows<const float> right(rows.data(), shape.kv_heads, shape.head_dim);
-  const TokenRows<const float> two(rows.data(), 2, shape.kv_heads, shape.head_dim);
+  const std::size_t k = shape.kv_heads * head_dim, v = shape.kv_heads * value_dim;
+  const HeadRows<const float> right_k(rows.data(), shape.kv_heads, head_dim);
+  const HeadRows<const float> right_v(rows.data(), shape.kv_heads, value_dim);
+  const TokenRows<const float> two_k(rows.data(), 2, shape.kv_heads, head_dim);
+  const auto values = [&](std::size_t tokens, std::size_t dim) {
+    return TokenRows<const float>(rows.data(), tokens, shape.kv_heads, dim);
+  };
   AnyCache& cache = entry.cache;
   const auto refuse = [&](Status status) { require(!status.ok(), "a wrong shape was taken"); };
   switch (seed % 8) {
-    case 0: refuse(cache.append(flat.first(kv + 1), flat.first(kv))); break;
-    case 1: refuse(cache.append(flat.first(kv), flat.first(kv - 1))); break;
-    case 2: refuse(cache.append(right, HeadRows<const float>(rows.data(), shape.kv_heads + 1, shape.head_dim))); break;
-    case 3: refuse(cache.append(HeadRows<const float>(rows.data(), shape.kv_heads, shape.head_dim + 1), right)); break;
-    case 4: refuse(cache.append(two, TokenRows<const float>(rows.data(), 1, shape.kv_heads, shape.head_dim))); break;
-    case 5: refuse(cache.append_prompt(flat.first(2 * kv), flat.first(kv))); break;
-    case 6: refuse(cache.attend(flat.first(q), std::span(out).first(q + 1))); break;
-    case 7:
-      refuse(cache.append_draft(two, TokenRows<const float>(rows.data(), 2, shape.kv_heads, shape.head_dim + 1)));
-      break;
+    case 0: refuse(cache.append(flat.first(k + 1), flat.first(v))); break;
+    case 1: refuse(cache.append(flat.first(k), flat.first(v - 1))); break;
+    case 2: refuse(cache.append(right_k, HeadRows<const float>(rows.data(), shape.kv_heads + 1, value_dim))); break;
+    case 3: refuse(cache.append(HeadRows<const float>(rows.data(), shape.kv_heads, head_dim + 1), right_v)); break;
+    case 4: refuse(cache.append(two_k, values(1, value_dim))); break;
+    case 5: refuse(cache.append_prompt(flat.first(2 * k), flat.first(v))); break;
+    case 6: refuse(cache.attend(flat.first(k * shape.group()), std::span(out).first(output_row() + 1))); break;
+    case 7: refuse(cache.append_draft(two_k, values(2, value_dim + 1))); break;
     default: break;
   }
   expect_unchanged(entry, "a wrong shape");
@@ -523,19 +525,19 @@ AnyCache ModelWorld::twin_of(const Entry& entry) const {
     Status status;
     std::vector<float> q, out;
     switch (event.kind) {
-      case Kind::prompt: status = twin.append_prompt(chunk(k, count), chunk(v, count)); break;
+      case Kind::prompt: status = twin.append_prompt(key_chunk(k, count), value_chunk(v, count)); break;
       case Kind::end_prompt: twin.end_prompt(); break;
-      case Kind::append: status = twin.append(chunk(k, count), chunk(v, count)); break;
-      case Kind::draft: status = twin.append_draft(chunk(k, count), chunk(v, count)); break;
+      case Kind::append: status = twin.append(key_chunk(k, count), value_chunk(v, count)); break;
+      case Kind::draft: status = twin.append_draft(key_chunk(k, count), value_chunk(v, count)); break;
       case Kind::query:
       case Kind::queries:
         q = queries_of(event.row, count);
-        out.resize(q.size());
+        out.resize(count * output_row());
         if (event.kind == Kind::query) {
           status = twin.attend(std::span<const float>(q), std::span<float>(out));
         } else {
           status = twin.attend_prompt({q.data(), count, geometry().query_heads, geometry().head_dim},
-                                      {out.data(), count, geometry().query_heads, geometry().head_dim});
+                                      {out.data(), count, geometry().query_heads, geometry().dim_of_values()});
         }
         break;
       case Kind::settle: status = twin.truncate(twin.next_position()); break;
@@ -564,7 +566,7 @@ void ModelWorld::compare_with_twin(Entry& entry, std::optional<std::uint32_t> qu
       model.length() > 0 && (model.drafts == 0 || model.draft_queries <= entry.kind->config.max_speculative);
   if (!query_seed || !may_ask) return;
   const std::vector<float> q = queries_of(*query_seed, 1);
-  std::vector<float> out(q.size()), lse(geometry().query_heads), out_of_twin(out), lse_of_twin(lse);
+  std::vector<float> out(output_row()), lse(geometry().query_heads), out_of_twin(out), lse_of_twin(lse);
   expect(entry, entry.cache.attend(std::span(q), std::span(out), lse), Code::ok);
   require(twin.attend(std::span(q), std::span(out_of_twin), lse_of_twin).ok(), "the twin was refused a query");
   require(same_bits(out, out_of_twin) && same_bits(lse, lse_of_twin), "the twin answers otherwise");
@@ -592,8 +594,11 @@ std::vector<float> ModelWorld::values(std::size_t first_row, std::size_t count) 
 std::vector<float> ModelWorld::queries_of(std::size_t first_row, std::size_t count) const {
   return joined(first_row, count, [&](std::size_t i) { return stock_.q(i); });
 }
-TokenRows<const float> ModelWorld::chunk(const std::vector<float>& rows, std::size_t count) const {
+TokenRows<const float> ModelWorld::key_chunk(const std::vector<float>& rows, std::size_t count) const {
   return {rows.data(), count, geometry().kv_heads, geometry().head_dim};
+}
+TokenRows<const float> ModelWorld::value_chunk(const std::vector<float>& rows, std::size_t count) const {
+  return {rows.data(), count, geometry().kv_heads, geometry().dim_of_values()};
 }
 std::size_t ModelWorld::free_pages() const {
   return std::visit([](const auto& pool) { return pool.free_pages(); }, pool_);

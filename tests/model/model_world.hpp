@@ -156,7 +156,10 @@ class ModelWorld {
   std::vector<float> keys(std::size_t first_row, std::size_t count) const;
   std::vector<float> values(std::size_t first_row, std::size_t count) const;
   std::vector<float> queries_of(std::size_t first_row, std::size_t count) const;
-  kvsparse::TokenRows<const float> chunk(const std::vector<float>& rows, std::size_t count) const;
+  kvsparse::TokenRows<const float> key_chunk(const std::vector<float>& rows, std::size_t count) const;
+  kvsparse::TokenRows<const float> value_chunk(const std::vector<float>& rows, std::size_t count) const;
+  /// Elements of one token's output.
+  std::size_t output_row() const { return geometry().query_heads * geometry().dim_of_values(); }
 
   const kvsparse::Geometry& geometry() const { return stock_.geometry(); }
   std::size_t free_pages() const;

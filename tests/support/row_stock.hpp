@@ -32,41 +32,45 @@ class RowStock {
   static constexpr std::size_t count = 128;
 
   RowStock(const kvsparse::Geometry& geometry, kvsparse::ScalarType scalar, std::uint64_t seed)
-      : geometry_(geometry), kv_row_(geometry.kv_heads * geometry.head_dim), q_row_(kv_row_ * geometry.group()) {
+      : geometry_(geometry),
+        k_row_(geometry.kv_heads * geometry.head_dim),
+        v_row_(geometry.kv_heads * geometry.dim_of_values()),
+        q_row_(k_row_ * geometry.group()) {
     TestRng rng(seed);
     for (std::size_t i = 0; i < count; ++i) {
       const int kind = rng.below(16);
-      for (std::size_t j = 0; j < kv_row_; ++j) {
+      for (std::size_t j = 0; j < k_row_; ++j) {
         const double gaussian = rng.gaussian();
         const bool again = kind == 0 && i > 0;
-        const double key = again ? static_cast<double>(k_[k_.size() - kv_row_]) : (kind == 1 ? 0 : kind == 2 ? 12 : 1);
+        const double key = again ? static_cast<double>(k_[k_.size() - k_row_]) : (kind == 1 ? 0 : kind == 2 ? 12 : 1);
         k_.push_back(static_cast<float>(again ? key : key * gaussian));
-        v_.push_back(static_cast<float>(rng.gaussian()));
       }
+      for (std::size_t j = 0; j < v_row_; ++j) v_.push_back(static_cast<float>(rng.gaussian()));
       for (std::size_t j = 0; j < q_row_; ++j) q_.push_back(static_cast<float>(1.5 * rng.gaussian()));
     }
     stored_k_ = k_;
     stored_v_ = v_;
     with_scalar(scalar, [&]<class Scalar>() {
-      for (std::vector<float>* rows : {&stored_k_, &stored_v_}) round_rows<Scalar>(*rows, geometry.head_dim);
+      round_rows<Scalar>(stored_k_, geometry.head_dim);
+      round_rows<Scalar>(stored_v_, geometry.dim_of_values());
     });
   }
 
   const kvsparse::Geometry& geometry() const { return geometry_; }
 
-  /// [kv_heads, head_dim], [query_heads, head_dim].
-  std::span<const float> k(std::size_t token) const { return rows(k_, kv_row_, token); }
-  std::span<const float> v(std::size_t token) const { return rows(v_, kv_row_, token); }
+  /// [kv_heads, head_dim], [kv_heads, value_dim], [query_heads, head_dim].
+  std::span<const float> k(std::size_t token) const { return rows(k_, k_row_, token); }
+  std::span<const float> v(std::size_t token) const { return rows(v_, v_row_, token); }
   std::span<const float> q(std::size_t token) const { return rows(q_, q_row_, token); }
   std::span<const float> query(std::size_t token, std::size_t head) const {
     return q(token).subspan(head * geometry_.head_dim, geometry_.head_dim);
   }
-  /// [head_dim]: what the storage type makes of a key or a value.
+  /// [head_dim], [value_dim]: what the storage type makes of a key or a value.
   std::span<const float> stored_key(std::size_t token, std::size_t kv_head) const {
-    return rows(stored_k_, kv_row_, token).subspan(kv_head * geometry_.head_dim, geometry_.head_dim);
+    return rows(stored_k_, k_row_, token).subspan(kv_head * geometry_.head_dim, geometry_.head_dim);
   }
   std::span<const float> stored_value(std::size_t token, std::size_t kv_head) const {
-    return rows(stored_v_, kv_row_, token).subspan(kv_head * geometry_.head_dim, geometry_.head_dim);
+    return rows(stored_v_, v_row_, token).subspan(kv_head * geometry_.dim_of_values(), geometry_.dim_of_values());
   }
 
  private:
@@ -75,7 +79,7 @@ class RowStock {
   }
 
   kvsparse::Geometry geometry_;
-  std::size_t kv_row_, q_row_;
+  std::size_t k_row_, v_row_, q_row_;
   std::vector<float> k_, v_, q_, stored_k_, stored_v_;
 };
 
