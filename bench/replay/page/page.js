@@ -203,7 +203,8 @@ function drawWaterfall(panel) {
     ...(panel.cells ??= cellsOf(panel.waterfall))));
   drawing.append(svg("path", {class: "axis", d: `M${left},${top}V${bottom}H${right}`}),
     svg("path", {class: "grid", d: `M${massX(0)},${top}V${bottom}H${massX(1)}V${top}`}));
-  for (const tick of roundTicks(trace.tokens, 5)) drawing.append(label(x(tick), bottom + 15, counted(tick)));
+  const most = Math.max(1, Math.min(5, Math.floor((right - left) / (7 * counted(trace.tokens).length + 12))));
+  for (const tick of roundTicks(trace.tokens, most)) drawing.append(label(x(tick), bottom + 15, counted(tick)));
   for (const tick of roundTicks(stepOf(rows - 1), 6)) {
     drawing.append(label(left - 5, y((tick - grid.first_step + 0.5) / grid.step_stride) + 4, counted(tick), "end"));
   }
