@@ -119,11 +119,10 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   if (config.page_size == 0 || config.page_size > max_page_size) {
     refuse("page_size = " + quoted(config.page_size) + " is not in 1 .. " + quoted(max_page_size));
   }
-  constexpr std::size_t largest = std::size_t{1} << 40;
   for (const std::size_t value :
        {config.query_heads, config.head_dim, config.value_dim, config.budget_tokens, config.read_budget_tokens,
         config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens, config.max_speculative}) {
-    if (value > largest) refuse("a configured size of " + quoted(value) + " exceeds 2^40");
+    if (value > largest_size) refuse("a configured size of " + quoted(value) + " exceeds " + largest_size_text);
   }
   constexpr std::size_t most_channels = std::size_t{1} << 20;
   if (config.query_heads > most_channels) refuse("query_heads = " + quoted(config.query_heads) + " exceeds 2^20");

@@ -32,7 +32,7 @@ inline void check_pages(const LayerImage& layer, const StagedLayer& state, Stage
   const Geometry& geometry = layer.geometry;
   const auto length = static_cast<std::size_t>(state.next.value);
   const std::size_t opened = geometry.pages_for(length);
-  const auto count = in.number<std::uint64_t>();
+  const std::size_t count = in.size();
   if (count > state.page_budget && !layer.heads_share_budget) {
     refuse_snapshot(fact_text(count) + " resident pages exceed the budget of " + fact_text(state.page_budget));
   }
@@ -46,7 +46,7 @@ inline void check_pages(const LayerImage& layer, const StagedLayer& state, Stage
   }
   std::size_t pinned = 0;
   head.pages.reserve(count);
-  for (std::uint64_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; i < count; ++i) {
     StagedPage staged;
     staged.page.first_position.value = in.number<std::int64_t>();
     const auto pin = in.number<std::uint8_t>();
@@ -106,7 +106,7 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
   }
   const auto ended = in.number<std::uint8_t>();
   state.prompt_ended = ended != 0;
-  state.prompt_tokens = in.number<std::uint64_t>();
+  state.prompt_tokens = in.size();
   if (ended > 1 || state.prompt_tokens > length || (!state.prompt_ended && state.prompt_tokens != length)) {
     refuse_snapshot("a prompt of " + fact_text(state.prompt_tokens) + " tokens, " +
                     (state.prompt_ended ? "ended" : "not ended") + ", does not fit " + fact_text(length) + " tokens");
@@ -120,9 +120,9 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
     }
     state.page_budget = std::max(state.page_budget, pinned + layer.decode_pages);
   }
-  state.peak_resident_tokens = in.number<std::uint64_t>();
-  state.peak_resident_pages = in.number<std::uint64_t>();
-  state.evicted_shared_pages = in.number<std::uint64_t>();
+  state.peak_resident_tokens = in.size();
+  state.peak_resident_pages = in.size();
+  state.evicted_shared_pages = in.size();
   state.layer_state = in.take(layer.layer_state.size);
 
   std::size_t pages = 0;
@@ -130,7 +130,7 @@ inline StagedLayer check_state(const LayerImage& layer, std::span<const std::byt
   for (const HeadImage& image : layer.heads) {
     StagedHead& head = state.heads.emplace_back();
     head.evictions = in.number<std::uint64_t>();
-    for (std::size_t& counter : head.counters) counter = in.number<std::uint64_t>();
+    for (std::size_t& counter : head.counters) counter = in.size();
     head.state = in.take(image.state.size);
     head.query_window = in.take(image.query_window.size());
     check_pages(layer, state, head, image.page_states.size, in);

@@ -42,7 +42,9 @@ std::string logit_problem(const LogitOptions& logits, std::size_t query_heads, c
   if (!(logits.soft_cap >= 0.0F && logits.soft_cap < infinity)) {
     return "soft_cap = " + std::to_string(logits.soft_cap) + " must be positive and finite, or 0 for none";
   }
-  if (logits.window > std::size_t{1} << 40) return "window = " + std::to_string(logits.window) + " exceeds 2^40";
+  if (logits.window > largest_size) {
+    return "window = " + std::to_string(logits.window) + " exceeds " + largest_size_text;
+  }
   const std::string heads = std::to_string(query_heads);
   if (const std::size_t slopes = logits.alibi_slopes.size(); slopes != 0 && slopes != query_heads) {
     return "alibi_slopes has " + std::to_string(slopes) + " slopes for " + heads + " query heads";

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <string>
 #include <string_view>
@@ -75,10 +76,18 @@ class ByteReader {
     std::memcpy(&value, take(sizeof value).data(), sizeof value);
     return value;
   }
+  /// A size, written as 64 bits; one that this machine's sizes cannot hold is refused.
+  std::size_t size() {
+    const auto size = number<std::uint64_t>();
+    if (size > std::numeric_limits<std::size_t>::max()) {
+      KVSPARSE_THROW(SnapshotError("the snapshot counts to " + std::to_string(size) + ", this machine to " +
+                                   std::to_string(std::numeric_limits<std::size_t>::max())));
+    }
+    return static_cast<std::size_t>(size);
+  }
   /// As ByteWriter::put wrote it; the characters stay where they lie.
   std::string_view text() {
-    const auto size = number<std::uint64_t>();
-    const std::span<const std::byte> characters = take(size);
+    const std::span<const std::byte> characters = take(size());
     return {reinterpret_cast<const char*>(characters.data()), characters.size()};
   }
 

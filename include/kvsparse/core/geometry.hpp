@@ -17,6 +17,10 @@ constexpr std::size_t round_up(std::size_t value, std::size_t step) { return div
 /// Stored rows are padded with zeros to a multiple of this many elements, so that kernels read whole vectors.
 inline constexpr std::size_t row_padding = 8;
 
+/// No configured size is larger, so that sums and products of sizes fit: 2^40, or 2^20 where sizes have 32 bits.
+inline constexpr std::size_t largest_size = std::size_t{1} << (sizeof(std::size_t) > 4 ? 40 : 20);
+inline constexpr const char* largest_size_text = sizeof(std::size_t) > 4 ? "2^40" : "2^20";  ///< for a sentence
+
 /// The shape of one attention layer and of its pages. Query head i reads kv head i / group().
 struct Geometry {
   std::size_t query_heads = 1;  ///< a multiple of kv_heads

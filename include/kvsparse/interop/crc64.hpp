@@ -18,7 +18,7 @@ namespace detail {
 constexpr std::array<std::array<std::uint64_t, 256>, 8> make_crc64_tables() {
   constexpr std::uint64_t polynomial = 0xC96C5795D7870F42;
   std::array<std::array<std::uint64_t, 256>, 8> tables{};
-  for (std::uint64_t byte = 0; byte < 256; ++byte) {
+  for (std::size_t byte = 0; byte < 256; ++byte) {
     std::uint64_t remainder = byte;
     for (int bit = 0; bit < 8; ++bit) remainder = remainder >> 1 ^ ((remainder & 1) != 0 ? polynomial : 0);
     tables[0][byte] = remainder;
@@ -26,7 +26,7 @@ constexpr std::array<std::array<std::uint64_t, 256>, 8> make_crc64_tables() {
   for (std::size_t k = 1; k < 8; ++k) {
     for (std::size_t byte = 0; byte < 256; ++byte) {
       const std::uint64_t before = tables[k - 1][byte];
-      tables[k][byte] = before >> 8 ^ tables[0][before & 0xFF];
+      tables[k][byte] = before >> 8 ^ tables[0][static_cast<std::size_t>(before & 0xFF)];
     }
   }
   return tables;

@@ -24,8 +24,7 @@ struct StreamingLlm {
       field("in_cache_positions", in_cache_positions);
     }
     std::string problem() const {
-      constexpr std::size_t most = std::size_t{1} << 40;
-      return sinks <= most ? "" : "sinks = " + std::to_string(sinks) + " exceeds 2^40";
+      return sinks <= largest_size ? "" : "sinks = " + std::to_string(sinks) + " exceeds " + largest_size_text;
     }
   } options;
 
