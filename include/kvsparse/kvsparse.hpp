@@ -16,3 +16,7 @@
 #include "policy/random.hpp"
 #include "policy/streaming_llm.hpp"
 #include "version.hpp"
+
+/// KV-cache sparsity for long LLM decoding. Start at PagedKvCache and attend(); a SequenceCache has all layers, an
+/// AnyCache a policy chosen by name, PageSteering an engine's own pages. policy.hpp says how to write a policy.
+namespace kvsparse {}

@@ -128,7 +128,8 @@ struct PagesUsed {
   std::uint64_t judged = 0;  ///< pages, once for each step that judged them
 };
 
-/// A verb of the contract as a concept, for a policy author to static_assert on.
+// The verbs as concepts, for a policy author to static_assert on.
+
 template <class P>
 concept HeadEvictor = requires(const P policy, HeadView<P> head) {
   { policy.victim(head) } -> std::same_as<PageIndex>;
@@ -137,6 +138,7 @@ template <class P>
 concept LayerEvictor = requires(const P policy, LayerView<P> layer) {
   { policy.victim(layer) } -> std::same_as<PageIndex>;
 };
+/// Gives up pages, so that a budget caps what is resident.
 template <class P>
 concept SharedBudgetEvictor = requires(const P policy, LayerView<P> layer) {
   { policy.victim(layer) } -> std::same_as<HeadPage>;
@@ -201,16 +203,15 @@ template <class P>
 concept UseCounter = requires(const P policy, HeadView<P> head) {
   { policy.pages_used(head) } -> std::same_as<PagesUsed>;
 };
+/// Has options that can be set by name.
 template <class P>
 concept HasOptions = requires(P policy) {
   policy.options.visit([](std::string_view, auto&) {});
 };
 
-/// A policy's traits as the container asks for them.
+/// A policy's traits as the container asks for them: what the policy says, or the contract's default.
 namespace traits {
 
-/// What the policy says of the trait of that name, or the contract's default.
-/// @{
 template <class P>
 constexpr PolicyScope scope() {
   if constexpr (requires { P::scope; }) {
@@ -393,8 +394,6 @@ constexpr std::size_t pinned_pages(const P& policy, const Geometry& geometry) {
     return 0;
   }
 }
-/// @}
-
 /// A sentence on what is wrong with the policy's options; empty when nothing is.
 template <class P>
 std::string options_problem(const P& policy) {
