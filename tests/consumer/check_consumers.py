@@ -215,7 +215,8 @@ class Consumers:
         ways = r"^ *((?:find_package|add_subdirectory|FetchContent_\w+)\(kvsparse.*\))$"
         lines = [line for line in re.findall(ways, project, re.MULTILINE) if "QUIET" not in line]
         expect(len(lines) == 4, f"the project takes kvsparse by {lines}")
-        lines += ["cmake --preset package", "cmake --install build/package --prefix", "--target single_header",
+        lines += ["include(FetchContent)", "target_link_libraries(my_engine PRIVATE kvsparse::kvsparse)",
+                  "cmake --preset package", "cmake --install build/package --prefix", "--target single_header",
                   "$(pkg-config --cflags kvsparse)"]
         for line in lines:
             expect(" ".join(line.split()) in readme, f"README does not say: {line}")

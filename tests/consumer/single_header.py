@@ -5,8 +5,8 @@
     single_header.py OUTPUT [HEADER...]
 
 HEADER, as in kvsparse.hpp or cache/any_cache.hpp: these and what they include. Without any: the whole library except
-testing/, which is for tests of policies. Every header comes once, behind those that it includes. One that needs more than
-Eigen's core and the standard library comes last, and counts where that other library is found (OpenMP's says so itself).
+testing/, which is for tests of policies. Every header comes once, behind those that it includes. One that needs more
+than Eigen's core and the standard library comes last, and counts where that library is found (OpenMP's says so itself).
 """
 import pathlib
 import re
@@ -87,6 +87,10 @@ def single_header(paths):
     headers = in_order(paths)
     common = [header for header in headers if not header.foreign()]
     foreign = [header for header in headers if header.foreign()]
+    for header in common:
+        for path in header.own:
+            if Header(path).foreign():
+                sys.exit(f"{header.name} is for everybody, but includes {path.name}, which is not")
     includes = sorted({name for header in common for name in header.others})
     licence = "\n".join(f"// {line}".rstrip() for line in (ROOT / "LICENSE").read_text().strip().splitlines())
     parts = [OPENING.format(version=version(), licence=licence), "".join(f"#include {name}\n" for name in includes)]
