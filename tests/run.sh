@@ -22,7 +22,7 @@ esac
 
 packages=(build-essential g++ clang clang-format-14 clang-tidy-14 cmake ninja-build libeigen3-dev libgtest-dev libbenchmark-dev nlohmann-json3-dev
   libcli11-dev libicu-dev libopenmpi-dev openmpi-bin pkgconf python3 python3-numpy python3-regex
-  g++-aarch64-linux-gnu qemu-user googletest)
+  g++-aarch64-linux-gnu qemu-user googletest doxygen)
 # Ubuntu has Chromium as a snap alone, which no container starts: there the page of replay --report is not opened.
 grep -qsx 'ID=debian' /etc/os-release && packages+=(chromium chromium-driver python3-selenium)
 
