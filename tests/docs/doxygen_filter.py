@@ -12,7 +12,7 @@ explained once, in policy/policy.hpp, and carry no comment. The filter hands all
 - a policy's verbs and traits without a comment, and the concepts, get what the contract's tables say;
 - `using Base::member;` of a private base shows that member, and the verbs of AnyCache those of PagedKvCache;
 - a policy's state is hidden, since the container alone keeps it, and so are the iterators of a range;
-- copies, moves, destructors and comparisons without a comment are hidden: they do what they do everywhere;
+- copies, moves, destructors, comparisons and allocation without a comment are hidden: they do what they do everywhere;
 - an overload without a comment shares that of the one before it;
 - sections become groups of members, and arXiv numbers become links.
 """
@@ -27,7 +27,7 @@ OPTIONS = {"pin_prompt": "Pages that hold a token of the prompt are never given 
 
 DECLARATION = re.compile(r"\b([a-z_]\w*)\s*(?:\(|=|\{|;)")
 SPECIAL = re.compile(r"^\s+(?:explicit |constexpr |~)*(\w+)\((?:const )?(\w+)(?:<[^()]*>)?&?&? ?\w*\)|^\s+~\w+\(\)"
-                     r"|.*\boperator(?:=|==|<=>)\(")
+                     r"|.*\boperator(?:=|==|<=>| new| delete)\(")
 NOTE = re.compile(r"^\s*///|^\s*// ---")
 
 
@@ -228,7 +228,8 @@ def contract(folder):
     told = {}
     for name, (called, may, _) in contract_table(lines, ("verb", "called", "may", "absent")).items():
         told[name] = f"Verb, called: {prose(called)}. May {prose(may)}. Of the {CONTRACT}."
-    for name, (values, purpose) in contract_table(lines, ("trait", "values: the default first", "what it is for")).items():
+    traits = contract_table(lines, ("trait", "values: the default first", "what it is for"))
+    for name, (values, purpose) in traits.items():
         told[name] = f"Trait: {prose(purpose)}. Values, the default first: {prose(values)}. Of the {CONTRACT}."
     return told
 
@@ -293,6 +294,9 @@ def filtered_header(path):
         show_what_is_taken_over(lines, path.parents[1] / "cache")
     if path.name == "policy.hpp":
         explain_concepts_and_traits(lines, contract(path.parent))
+    if path.name == "policy_conformance.hpp":  # GoogleTest's macros, of which each test makes a class
+        lines[next(at for at, line in enumerate(lines) if line.startswith("TYPED_TEST_SUITE_P"))] = "/** \\cond */"
+        lines[-1] = "/** \\endcond */ " + lines[-1]
     if path.name == "any_cache.hpp":
         refer_to_the_original(lines, path.parent)
     hide(lines, is_special_member)
@@ -300,7 +304,9 @@ def filtered_header(path):
     share_comments(lines)
     hide(lines, re.compile(r"  (class Iterator|struct Range) \{").match)
     group_sections(lines)
-    opening = ["/** \\file", f"The policy kvsparse::{name}. */ /** \\struct kvsparse::{name}"] if name else ["", "/** \\file"]
+    opening = ["", "/** \\file"]
+    if name:
+        opening = ["/** \\file", f"The policy kvsparse::{name}. */ /** \\struct kvsparse::{name}"]
     lines[:once + 1] = opening + head_comment(lines[1:once])
     for at in range(once + 1, len(lines)):
         if "///" in lines[at]:

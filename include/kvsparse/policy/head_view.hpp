@@ -355,8 +355,8 @@ class HeadView : public HeadPages {
 
 /// A page of one of a layer's heads.
 struct HeadPage {
-  std::size_t kv_head = 0;
-  PageIndex page;
+  std::size_t kv_head = 0;  ///< which head
+  PageIndex page;           ///< which of its resident pages
 };
 
 /// All heads of a layer. Under scope layer they hold the same positions and evict them together; under scope

@@ -33,6 +33,8 @@
 
 namespace kvsparse {
 
+/// The suite's fixture. T: a policy, or a type with a static policy() that makes one. Each test is a promise by name,
+/// kept in every shape of heads, pages and budgets that the policy does not refuse.
 template <class T>
 class PolicyConformance : public ::testing::Test {
  protected:

@@ -23,13 +23,21 @@ namespace kvsparse {
 
 /// Rows of one layer: q [tokens, query_heads, head_dim], k and v [tokens, kv_heads, head_dim], keys after RoPE.
 struct LayerTrace {
-  std::size_t tokens = 0, prompt_tokens = 0, query_heads = 1, kv_heads = 1, head_dim = 0;
-  std::vector<float> q, k, v;
+  std::size_t tokens = 0;         ///< of the sequence
+  std::size_t prompt_tokens = 0;  ///< the first of them
+  std::size_t query_heads = 1;    ///< a multiple of kv_heads
+  std::size_t kv_heads = 1;       ///< heads of keys and values
+  std::size_t head_dim = 0;       ///< floats of a row
+  std::vector<float> q;           ///< [tokens, query_heads, head_dim]
+  std::vector<float> k;           ///< [tokens, kv_heads, head_dim]
+  std::vector<float> v;           ///< [tokens, kv_heads, head_dim]
 
+  /// [head_dim]: one head's row of a token; rows: q, k or v; heads: as many as it has.
   std::span<const float> row(const std::vector<float>& rows, std::size_t heads, std::size_t token,
                              std::size_t head) const {
     return std::span(rows).subspan((token * heads + head) * head_dim, head_dim);
   }
+  /// [heads, head_dim]: all rows of a token.
   std::span<const float> rows_of(const std::vector<float>& rows, std::size_t heads, std::size_t token) const {
     return std::span(rows).subspan(token * heads * head_dim, heads * head_dim);
   }
@@ -74,11 +82,11 @@ inline LayerTrace milestone_layer(std::size_t tokens = 768, std::uint64_t seed =
 
 /// What a policy did at one budget; means over the decode queries and query heads.
 struct ReplayRow {
-  std::string policy;
-  std::size_t budget_tokens = 0;
-  double share = 0.0;       ///< of the dense softmax, on the tokens read
-  double mean_error = 0.0;  ///< |out - dense| / |dense|
-  std::size_t evicted_tokens = 0;
+  std::string policy;              ///< its name
+  std::size_t budget_tokens = 0;   ///< kept, or read, of each kv head
+  double share = 0.0;              ///< of the dense softmax, on the tokens read
+  double mean_error = 0.0;         ///< |out - dense| / |dense|
+  std::size_t evicted_tokens = 0;  ///< summed over the kv heads
   std::string
       refused;  ///< why the policy does not take the budget, or the prompt under it; the numbers mean nothing then
 };
@@ -145,6 +153,7 @@ std::vector<ReplayRow> replay_each(const LayerTrace& layer, const std::vector<st
   return rows;
 }
 
+/// A line for each row, for people.
 inline void print_table(std::ostream& out, std::span<const ReplayRow> rows) {
   out << "policy                budget   softmax mass read   mean error of outputs\n" << std::fixed;
   for (const ReplayRow& row : rows) {
