@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -SE
+#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Shows Doxygen the library's comments as it understands them; line numbers stay as they are.
 
