@@ -84,7 +84,7 @@
 /// Defines has_member_NAME<T>: does class T have any member of that name, of whatever kind or signature? A name
 /// inherited from two bases is ambiguous, so `&Both::NAME` is well-formed only when T lacks it. Policy checks use it to
 /// tell "absent" from "present with the wrong signature" and to catch near-miss spellings.
-/// NOLINTBEGIN(bugprone-macro-parentheses): NAME is declared, not computed with.
+// NOLINTBEGIN(bugprone-macro-parentheses): NAME is declared, not computed with.
 #define KVSPARSE_DEFINE_HAS_MEMBER(NAME)                      \
   template <class T>                                          \
   struct HasMember_##NAME {                                   \
@@ -96,7 +96,7 @@
   };                                                          \
   template <class T>                                          \
   inline constexpr bool has_member_##NAME = HasMember_##NAME<T>::value;
-/// NOLINTEND(bugprone-macro-parentheses)
+// NOLINTEND(bugprone-macro-parentheses)
 
 /// Defines has_trait_NAME<T, Value>: T has no such member, or it is a Value or a const function that returns one.
 #define KVSPARSE_DEFINE_HAS_TRAIT(NAME)                                        \
