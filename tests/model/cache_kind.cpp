@@ -49,6 +49,12 @@ void draw_settings(CacheKind& kind, const std::vector<std::string>& keys, TestRn
     kind.sink_pages = kind.geometry().pages_for(sinks);
     set("sinks", std::to_string(sinks));
   }
+  if (has("in_cache_positions") && kind.config.head_dim > 1 && rng.below(3) == 0) {
+    kind.counts_in_cache = true;
+    set("in_cache_positions", "true");
+    kind.config.rope.theta = 100.0;
+    kind.config.rope.rotary_dims = kind.config.head_dim / 2 * 2;
+  }
   if (has("window")) set("window", std::to_string(draw(rng, 1, 6)));
   if (has("period")) set("period", std::to_string(draw(rng, 1, 6)));
   if (has("kernel")) set("kernel", "3");

@@ -24,6 +24,7 @@ struct CacheKind {
   bool reads_as_needed = false;   ///< whatever the budget for reading
   bool reads_newest = true;       ///< whatever the query
   bool answers_for_gone = false;  ///< an answer is more than the softmax over what is read
+  bool counts_in_cache = false;   ///< a query meets a page at the distance that the resident tokens give it
   bool trims = false;
   bool pins_prompt = false;
   bool shares_budget = false;  ///< among the heads of the layer

@@ -320,6 +320,34 @@ void ModelWorld::check_reads(const Entry& entry) const {
           ", not ", skipped_tokens);
 }
 
+namespace {
+
+/// The key as it is met by a query that stands so many positions nearer.
+void turn(std::vector<float>& key, const Rope& rope, std::size_t positions) {
+  const std::size_t pairs = rope.rotary_dims / 2;
+  for (std::size_t i = 0; i < pairs; ++i) {
+    const double frequency =
+        std::pow(rope.theta, -2.0 * static_cast<double>(i) / static_cast<double>(rope.rotary_dims));
+    const double angle = static_cast<double>(positions) * frequency;
+    const auto first = static_cast<double>(key[i]), second = static_cast<double>(key[i + pairs]);
+    key[i] = static_cast<float>(first * std::cos(angle) - second * std::sin(angle));
+    key[i + pairs] = static_cast<float>(first * std::sin(angle) + second * std::cos(angle));
+  }
+}
+
+}  // namespace
+
+std::size_t ModelWorld::missing_behind(const Entry& entry, std::size_t head, std::int64_t position,
+                                       std::size_t end) const {
+  const auto page_size = static_cast<std::int64_t>(geometry().page_size);
+  const Position first{position / page_size * page_size};
+  std::size_t missing = end - index_of(first);
+  for (const Position resident : entry.cache.resident_positions(head)) {
+    if (resident >= first && index_of(resident) < end) --missing;
+  }
+  return missing;
+}
+
 void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t end,
                               const std::vector<std::int64_t>& read, std::size_t head, std::span<const float> out,
                               const float* lse) const {
@@ -339,7 +367,11 @@ void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t e
       logits.alibi_slope = static_cast<double>(config.logits.alibi_slopes[query_head]);
     const std::span<const float> query = stock_.query(row, query_head);
     const auto key = [&](std::size_t i) {
-      return stock_.stored_key(entry.model.rows[static_cast<std::size_t>(read[i])], head);
+      const std::span<const float> stored =
+          stock_.stored_key(entry.model.rows[static_cast<std::size_t>(read[i])], head);
+      std::vector<float> row(stored.begin(), stored.end());
+      if (entry.kind->counts_in_cache) turn(row, config.rope, missing_behind(entry, head, read[i], end));
+      return row;
     };
     const auto value = [&](std::size_t i) {
       return stock_.stored_value(entry.model.rows[static_cast<std::size_t>(read[i])], head);

@@ -151,6 +151,8 @@ class ModelWorld {
   void check_reads(const Entry& entry) const;
   void check_output(const Entry& entry, std::size_t row, std::size_t end, const std::vector<std::int64_t>& read,
                     std::size_t head, std::span<const float> out, const float* lse) const;
+  /// Of the positions from the page of `position` to `end`, how many are gone.
+  std::size_t missing_behind(const Entry& entry, std::size_t head, std::int64_t position, std::size_t end) const;
   void check_mass(const Entry& entry, std::size_t row) const;
 
   std::vector<float> keys(std::size_t first_row, std::size_t count) const;
