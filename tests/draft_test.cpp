@@ -19,33 +19,6 @@ using namespace kvsparse;
 
 using namespace drafts;
 
-TEST(Drafts, RejectedOnesLeaveNoTraceInEvictors) {
-  expect_no_trace_in_any_shape<StreamingLlm>();
-  expect_no_trace_in_any_shape<H2o>();
-  expect_no_trace_in_any_shape<Raas>();
-  expect_no_trace_in_any_shape<Kindred>();
-  expect_no_trace_in_any_shape<Random>();
-}
-TEST(Drafts, RejectedOnesLeaveNoTraceInPoliciesThatKeepAll) {
-  expect_no_trace_in_any_shape<Dense>();
-  expect_no_trace_in_any_shape<Quest>();
-  expect_no_trace_in_any_shape<Oracle>();
-}
-TEST(Drafts, RejectedOnesLeaveNoTraceInCompositions) {
-  expect_no_trace_in_any_shape<Compose<Raas, Quest>>();
-  expect_no_trace_in_any_shape<Compose<H2o, Oracle>>();
-  expect_no_trace_in_any_shape<Compose<StreamingLlm, Quest>>();
-}
-TEST(Drafts, RejectedOnesLeaveNoTraceUnderOtherOptions) {
-  Raas bound;
-  bound.options.evidence = Raas::Evidenced::quest_bound;
-  bound.options.pin_prompt = false;
-  expect_no_trace_in_any_shape(bound);
-  Quest each;
-  each.options.pool = Quest::Pool::query_head;
-  expect_no_trace_in_any_shape(each);
-}
-
 /// Listens to everything, and keeps in its state an order-dependent hash of it.
 struct Nosy {
   static constexpr std::string_view name = "nosy";

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Snapshots of one cache: what is refused, and that a refusal changes nothing. That every policy goes on from one to
-// the bit is in snapshot_policy_test.cpp.
+// the bit is in conformance/ and model/.
 #include <gtest/gtest.h>
 
 #include <array>

@@ -28,9 +28,9 @@ struct LayerTrace {
   std::size_t query_heads = 1;    ///< a multiple of kv_heads
   std::size_t kv_heads = 1;       ///< heads of keys and values
   std::size_t head_dim = 0;       ///< floats of a row
-  std::vector<float> q;           ///< [tokens, query_heads, head_dim]
-  std::vector<float> k;           ///< [tokens, kv_heads, head_dim]
-  std::vector<float> v;           ///< [tokens, kv_heads, head_dim]
+  std::vector<float> q = {};      ///< [tokens, query_heads, head_dim]
+  std::vector<float> k = {};      ///< [tokens, kv_heads, head_dim]
+  std::vector<float> v = {};      ///< [tokens, kv_heads, head_dim]
 
   /// [head_dim]: one head's row of a token; rows: q, k or v; heads: as many as it has.
   std::span<const float> row(const std::vector<float>& rows, std::size_t heads, std::size_t token,

@@ -102,13 +102,13 @@ struct Watched : P {
     }
   }
 
-  void select(HeadView<Watched> head, QueryGroup queries, Selection& selection) const requires Selector<P> {
-    call_without_writing("select", head, [&] { policy().select(of(head), queries, selection); });
-    check_reading(head, selection);
+  void select(HeadView<Watched> head, QueryGroup queries, Selection& chosen) const requires Selector<P> {
+    call_without_writing("select", head, [&] { policy().select(of(head), queries, chosen); });
+    check_reading(head, chosen);
   }
   void select_more(HeadView<Watched> head, QueryGroup queries, std::span<const SoftmaxState> states,
-                   Selection& selection) const requires RepeatedSelector<P> {
-    call_without_writing("select_more", head, [&] { policy().select_more(of(head), queries, states, selection); });
+                   Selection& chosen) const requires RepeatedSelector<P> {
+    call_without_writing("select_more", head, [&] { policy().select_more(of(head), queries, states, chosen); });
   }
   void residual(HeadView<Watched> head, QueryGroup queries,
                 std::span<SoftmaxState> states) const requires ResidualProvider<P> {
@@ -202,16 +202,16 @@ struct Watched : P {
                                  : "");
   }
 
-  void check_reading(const HeadPages& head, const Selection& selection) const {
+  void check_reading(const HeadPages& head, const Selection& chosen) const {
     std::size_t tokens = 0;
-    for (const SelectedPage& selected : selection.pages()) tokens += tokens_read(head, selected);
+    for (const SelectedPage& selected : chosen.pages()) tokens += tokens_read(head, selected);
     if (tokens == 0) findings_->add(Rule::reading, "select named no token to read");
     if (traits::select_always<P>() || RepeatedSelector<P>) return;  // these read as much as they need
     const std::size_t limit = head.read_page_budget();
     const bool exceeds = traits::granularity<P>() == PolicyGranularity::token ? tokens > limit * head.page_size()
-                                                                              : selection.pages().size() > limit;
+                                                                              : chosen.pages().size() > limit;
     if (exceeds) {
-      findings_->add(Rule::reading, "select named " + std::to_string(selection.pages().size()) + " pages, " +
+      findings_->add(Rule::reading, "select named " + std::to_string(chosen.pages().size()) + " pages, " +
                                         std::to_string(tokens) + " tokens; read_page_budget() is " +
                                         std::to_string(limit) + " pages of " + std::to_string(head.page_size()));
     }
