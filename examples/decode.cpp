@@ -33,6 +33,7 @@ void note(const std::string& sentence) { complain("note: " + sentence, 0); }
 std::map<std::string, std::string> file_notes(const DecodeOptions& options, const std::string& policy) {
   return {{"policy", policy},
           {"budget", std::to_string(options.cache.budget_tokens)},
+          {"budgets", options.cache.pyramid ? "pyramid" : "uniform"},
           {"page_size", std::to_string(options.cache.page_size)},
           {"dense_layers", std::to_string(options.cache.dense_layers)}};
 }

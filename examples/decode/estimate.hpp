@@ -16,6 +16,7 @@
 #include <optional>
 #include <ostream>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -141,6 +142,7 @@ struct PolicyEstimate {
   std::string policy;
   std::uint64_t cache_bytes = 0;        // of all layers of all sequences; pages that forks share count for each
   std::uint64_t read_bytes_at_end = 0;  // keys and values that a sequence's last token attends to
+  std::size_t tokens_in_chunks = 0;     // of a prompt: as long as every layer keeps and reads all
   double prompt_seconds = 0.0;          // of one prompt
   double token_seconds = 0.0;           // of the last token
   double seconds = 0.0;                 // of everything
@@ -160,15 +162,21 @@ inline PolicyEstimate estimate_memory(const ModelConfig& config, const CacheChoi
   };
   const std::size_t dense_layers = std::min(choice.dense_layers, config.layers);
   add(0, dense_layers, lengths.tokens());
-  add(dense_layers, config.layers, std::min(lengths.tokens(), tokens_kept_and_read(choice)));
+  const std::vector<std::size_t> budgets = choice.layer_budgets(config.layers);
+  estimate.tokens_in_chunks = tokens_kept_and_read(choice, budgets);
+  for (std::size_t layer = dense_layers, end = layer; layer < config.layers; layer = end) {
+    while (end < config.layers && budgets[end] == budgets[layer]) ++end;
+    const std::size_t kept = tokens_kept_and_read(choice, std::span(budgets).subspan(layer, 1));
+    add(layer, end, std::min(lengths.tokens(), kept));
+  }
   return estimate;
 }
 
 /// Multiplying and reading keys and values at the speed of memory; what else a step does is little beside it.
 inline void estimate_time(PolicyEstimate& estimate, const ModelEstimate& model, const WeightTime& weight,
-                          const DecodeOptions& options, const CacheChoice& choice, const SequenceLengths& lengths) {
+                          const DecodeOptions& options, const SequenceLengths& lengths) {
   const bool observed = !options.trace_directory.empty() || !options.resident_directory.empty();
-  const std::size_t in_chunks = observed ? 0 : std::min(lengths.prompt_tokens, tokens_kept_and_read(choice));
+  const std::size_t in_chunks = observed ? 0 : std::min(lengths.prompt_tokens, estimate.tokens_in_chunks);
   const double prompt_weights = static_cast<double>(model.weights_per_prompt_token);
   estimate.prompt_seconds =
       prompt_weights * (static_cast<double>(in_chunks) * weight.chunk / static_cast<double>(options.prompt_chunk) +
@@ -212,7 +220,7 @@ class RunEstimate {
   void measure_time() {
     weight_ = measure_weight_time(config_.hidden_size, options_.prompt_chunk);
     for (std::size_t i = 0; i < policies_.size(); ++i) {
-      estimate_time(policies_[i], model_, weight_, options_, options_.caches[i], lengths_);
+      estimate_time(policies_[i], model_, weight_, options_, lengths_);
     }
   }
 

@@ -99,7 +99,7 @@ inline void refuse_combinations(const DecodeOptions& options) {
 /// Throws UsageError, kvsparse::ConfigError (unknown policy), or what CLI11 throws (--help included).
 inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) {
   DecodeOptions options;
-  std::string policy, compare, dtype = "f32";
+  std::string policy, compare, dtype = "f32", budgets = "uniform";
   std::vector<std::string> ids;
   const CLI::Range count(std::uint64_t{1}, std::uint64_t{1} << 24);
   app.add_option("--model", options.model_directory,
@@ -115,6 +115,10 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
                  "tokens a kv head may keep (quest: may read); dense needs none")
       ->check(count);
   app.add_option("--page-size", options.cache.page_size, "tokens per page [16]");
+  app.add_option("--budgets", budgets,
+                 "uniform: --budget for every layer; pyramid: the same in sum, but more for lower layers (PyramidKV) "
+                 "[uniform]")
+      ->check(CLI::IsMember({"uniform", "pyramid"}));
   app.add_option("--dense-layers", options.cache.dense_layers, "the first layers that keep everything [0]");
   app.add_option("--dtype", dtype, "storage of keys and values: f32, f16, bf16 or int8 [f32]")
       ->check(CLI::IsMember({"f32", "f16", "bf16", "int8"}));
@@ -173,6 +177,7 @@ inline DecodeOptions parse_decode_options(CLI::App& app, int argc, char** argv) 
     if (options.prompt_ids.back().empty()) throw UsageError("--prompt-ids is empty");
   }
   options.cache.dtype = kvsparse::scalar_type(dtype);
+  options.cache.pyramid = budgets == "pyramid";
   if (options.estimate && options.policies.empty()) options.policies = {"dense"};
   if (policy.find(',') != std::string::npos) throw UsageError("--policy takes one policy, --compare takes several");
   if (options.policies.empty()) throw UsageError("--policy or --compare must name a policy");

@@ -87,6 +87,7 @@ class DecodeReport {
                                 {"complete", complete},
                                 {"model", options_.model_directory},
                                 {"budget", options_.cache.budget_tokens},
+                                {"budgets", options_.cache.pyramid ? "pyramid" : "uniform"},
                                 {"page_size", options_.cache.page_size},
                                 {"dense_layers", options_.cache.dense_layers},
                                 {"dtype", kvsparse::scalar_type_names[static_cast<std::size_t>(options_.cache.dtype)]},

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <kvsparse/cache/any_cache.hpp>
+#include <kvsparse/cache/layer_schedule.hpp>
 #include <kvsparse/interop/snapshot.hpp>
 #include <numeric>
 #include <span>
@@ -32,7 +33,18 @@ struct CacheChoice {
   std::size_t budget_tokens = 0;  // per kv head; dense ignores it
   std::size_t page_size = 16;
   std::size_t dense_layers = 0;  // the first layers keep everything, whatever the policy
+  bool pyramid = false;          // the other layers' budgets sum to the same, but the lower ones have more: PyramidKv
   PolicySettings settings;
+
+  /// budget_tokens of each layer; those of the dense ones say nothing. Throws kvsparse::ConfigError.
+  std::vector<std::size_t> layer_budgets(std::size_t layers) const {
+    std::vector<std::size_t> budgets(layers, budget_tokens);
+    if (!pyramid || policy == "dense" || dense_layers >= layers) return budgets;
+    const std::size_t sparse = layers - dense_layers;
+    const std::vector<std::size_t> spread = kvsparse::pyramid_budgets(sparse, sparse * budget_tokens, page_size);
+    std::copy(spread.begin(), spread.end(), budgets.end() - static_cast<std::ptrdiff_t>(sparse));
+    return budgets;
+  }
 };
 
 /// The cache of one layer, for sequences of up to `max_tokens` where its policy keeps everything. Throws
@@ -44,7 +56,7 @@ inline kvsparse::AnyCache layer_cache(const ModelConfig& model, const CacheChoic
   cache.kv_heads = model.kv_heads;
   cache.head_dim = model.head_dim;
   cache.page_size = choice.page_size;
-  cache.budget_tokens = choice.budget_tokens;
+  cache.budget_tokens = choice.layer_budgets(model.layers)[layer];
   cache.read_budget_tokens = choice.settings.read_budget_tokens;
   cache.max_tokens = max_tokens;
   cache.rope = model.rope;
@@ -53,11 +65,12 @@ inline kvsparse::AnyCache layer_cache(const ModelConfig& model, const CacheChoic
   return make_cache(choice.policy, choice.dtype, cache, choice.settings.options);
 }
 
-/// As long as no more tokens came, the policy keeps and reads all of them.
-inline std::size_t tokens_kept_and_read(const CacheChoice& choice) {
+/// As long as no more tokens came, the policy keeps and reads all of them in every layer, or in one.
+inline std::size_t tokens_kept_and_read(const CacheChoice& choice, std::span<const std::size_t> budgets) {
   if (choice.policy == "dense") return SIZE_MAX;
+  const std::size_t budget = *std::min_element(budgets.begin(), budgets.end());
   const std::size_t read_budget = choice.settings.read_budget_tokens;
-  const std::size_t tokens = read_budget == 0 ? choice.budget_tokens : std::min(choice.budget_tokens, read_budget);
+  const std::size_t tokens = read_budget == 0 ? budget : std::min(budget, read_budget);
   return choice.page_size == 0 ? tokens : tokens - tokens % choice.page_size;
 }
 
@@ -101,7 +114,7 @@ class Decoder {
   /// `model` must outlive the decoder. Throws kvsparse::ConfigError when the cache cannot be built.
   Decoder(const Model& model, const CacheChoice& choice, std::size_t max_tokens,
           const CacheFactory& make_cache = named_cache)
-      : model_(model), tokens_kept_(tokens_kept_and_read(choice)) {
+      : model_(model), tokens_kept_(tokens_kept_and_read(choice, choice.layer_budgets(model.config().layers))) {
     resize(1);
     caches_.reserve(model.config().layers);
     for (std::size_t layer = 0; layer < model.config().layers; ++layer) {

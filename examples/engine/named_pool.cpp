@@ -42,9 +42,15 @@ std::size_t NamedPool::pages_for(const ModelConfig& model, const CacheChoice& ch
   const std::size_t page = std::max<std::size_t>(choice.page_size, 1);
   const std::size_t whole = (tokens + page - 1) / page;
   const bool evicts = kvsparse::policy_facts(choice.policy).evicts;
-  const std::size_t capped = evicts ? std::min(whole, choice.budget_tokens / page) : whole;
-  const std::size_t dense_layers = std::min(choice.dense_layers, model.layers);
-  return (dense_layers * whole + (model.layers - dense_layers) * capped) * model.kv_heads;
+  std::size_t pages = model.layers * whole;
+  if (evicts) {
+    const std::vector<std::size_t> budgets = choice.layer_budgets(model.layers);
+    pages = std::min(choice.dense_layers, model.layers) * whole;
+    for (std::size_t layer = choice.dense_layers; layer < model.layers; ++layer) {
+      pages += std::min(whole, budgets[layer] / page);
+    }
+  }
+  return pages * model.kv_heads;
 }
 
 std::uint64_t NamedPool::bytes_of(const ModelConfig& model, const CacheChoice& choice, std::size_t pages) {

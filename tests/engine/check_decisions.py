@@ -26,6 +26,8 @@ CASES = [
     ("raas", 160, 1, "bf16", ["preset=paper_v1"]),
     ("raas", 112, 16, "f32", ["pin_prompt=false"]),
     ("kindred", 160, 4, "f32", []),
+    ("ada_kv", 160, 4, "f32", ["window=8"]),
+    ("snap_kv", 96, 4, "f32", ["window=8", "period=16"]),
     ("h2o", 160, 1, "f16", ["pin_prompt=true"]),
     ("h2o+quest", 64, 4, "f32", ["read_budget=24"]),
     ("streaming_llm+quest", 64, 3, "f32", ["read_budget=24", "pool=query_head"]),

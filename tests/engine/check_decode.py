@@ -14,6 +14,7 @@ import numpy as np
 
 import check_engine as engine
 import check_tokenizer as tokenizer
+from check_decisions import read_safetensors
 from check_engine import check, decode
 
 PAGE, LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 2, 16
@@ -22,7 +23,8 @@ CONFIG = {"model_type": "llama", "vocab_size": 270, "hidden_size": 48, "intermed
           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
 BUDGET = 48  # the prompts below fit, their answers do not
 POLICIES = {name: ["--policy", name, *([] if name == "dense" else ["--budget", BUDGET])]
-            for name in ("dense", "streaming_llm", "h2o", "quest", "raas", "kindred", "random", "raas+quest", "h2o+quest")}
+            for name in ("dense", "streaming_llm", "h2o", "quest", "raas", "kindred", "random", "ada_kv", "raas+quest",
+                         "h2o+quest")}
 
 
 def random_prompts(count, seed):
@@ -198,7 +200,7 @@ def check_saving(runs, root):
     runs.refused("load beyond the room", [*POLICIES["raas"], "--load", file, "--max-new", 10**6], "--max-tokens")
     for change in (["--policy", "h2o", "--budget", BUDGET], ["--policy", "raas", "--budget", BUDGET + PAGE],
                    [*raas, "--dtype", "f16"], [*raas, "--set", "alpha=0.5"], [*raas, "--dense-layers", 1],
-                   ["--policy", "dense"]):
+                   [*raas, "--budgets", "pyramid"], ["--policy", "dense"]):
         runs.refused(f"load with {change}", [*change, *load], "")
     for what, data in (("empty", b""), ("junk", b"junk"), ("another JSON", b'{"a":1}\n'), ("cut", good[:-9]),
                        ("cut early", good[: good.index(b"\n") + 20]), ("no newline", b"{" * 1000),
@@ -260,6 +262,28 @@ def check_text(runs, root):
     print("text and errors: checked")
 
 
+def check_budgets(runs, root):
+    """A pyramid gives each layer its budget of the same sum, and a batch finds the pages for it."""
+    # 24 pages of two layers: one each, and of 22 more 1.95 and 0.05 of the mean, 21.45 and 0.55, to whole pages.
+    prompts, most = random_prompts(3, 77), (22 * PAGE, 2 * PAGE)
+    for policy in ("streaming_llm", "h2o"):
+        arguments = [*POLICIES[policy], "--budgets", "pyramid", "--max-new", 90]
+        alone = []
+        for prompt in prompts:
+            alone.append(runs(f"pyramid of {policy}", *arguments, "--prompt-ids", prompt, "--resident", root / "budgets")["tokens"])
+            for layer in range(LAYERS):
+                tensors, _ = read_safetensors(root / "budgets" / f"layer_{layer}.safetensors")
+                _, shape, data = tensors["resident"]
+                held = np.frombuffer(data, np.uint8).reshape(shape).sum(axis=2)
+                check(held.max() == most[layer], f"pyramid of {policy}, layer {layer}: {held.max()} held, not {most[layer]}")
+        together = runs(f"pyramid of {policy}, batch", *arguments, *(a for p in prompts for a in ("--prompt-ids", p)))
+        got = [sequence["tokens"] for sequence in together["sequences"]]
+        check(got == alone, f"pyramid of {policy}: a batch decodes something else")
+    runs.refused("a pyramid of one page a layer", ["--policy", "h2o", "--budget", PAGE - 1, "--budgets", "pyramid",
+                                                   "--prompt-ids", "1,2"], "total_tokens")
+    print("budgets of layers: checked")
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -277,6 +301,7 @@ def main():
         check_forks(runs, weights)
         check_speculation(runs, pathlib.Path(sys.argv[2]))
         check_saving(runs, root)
+        check_budgets(runs, root)
     print("all checks passed" if not engine.failures else f"{len(engine.failures)} checks failed")
     sys.exit(1 if engine.failures else 0)
 
