@@ -4,8 +4,9 @@
 #
 #   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, those that start
 #                         threads under TSan, and those of the kernels for aarch64 under qemu
-#   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64,
-#                         replay checked in full, the fuzzers for 30 seconds each
+#   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64;
+#                         -O0, -ffast-math and 32-bit builds of some; a short decode under valgrind; replay checked in
+#                         full; the fuzzers for 30 seconds each
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
 set -euo pipefail
@@ -85,6 +86,21 @@ if [ "$full" = yes ]; then
   check o3-release release "${plain[@]}"
   check aarch64 aarch64
   targets=$kernels check no-simd aarch64 "-DCMAKE_CXX_FLAGS=-O1 -g1 -march=armv8-a+nosimd"
+
+  # Without optimisation; with arithmetic that takes NaN and infinity for impossible, so without the tests of these; and
+  # with addresses of 32 bits.
+  small="unit_test misuse_test no_exceptions_test"
+  targets="$small attend_test pool_test sequence_test" check o0 dev "${plain[@]}" "-DCMAKE_CXX_FLAGS=-O0 -g1"
+  targets="pool_test no_exceptions_test" check fast-math dev "${plain[@]}" "-DCMAKE_CXX_FLAGS=-O1 -g1 -ffast-math"
+  # g++-multilib would bring the kernel's headers along, but Debian's excludes the cross compiler above.
+  need_packages g++-12-multilib valgrind
+  targets=$small check m32 dev "${plain[@]}" -DKVSPARSE_GTEST_SOURCES=/usr/src/googletest \
+    "-DCMAKE_CXX_FLAGS=-O1 -g1 -m32 -msse2 -mfpmath=sse -idirafter /usr/include/x86_64-linux-gnu"
+  printf '\n== valgrind\n'
+  valgrind --quiet --error-exitcode=1 --leak-check=full build/dev/tests/no_exceptions_test --gtest_brief=1 \
+    --gtest_filter='-*DeathTest*'
+  passed+=("valgrind: a short decode")
+
   printf '\n== replay in full\n'
   cmake --preset release -B build/release -DKVSPARSE_BUILD_TESTS=OFF "${launcher[@]}" >/dev/null
   build release replay
