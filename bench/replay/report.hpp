@@ -164,7 +164,8 @@ class ReplayReport {
            "error        |out - dense| / |dense| of a query head, dense in double from the f32 trace; mean and max "
            "over "
            "the same\n"
-           "peak tokens  most tokens that one kv head held at once, prompt included\n"
+           "peak tokens  most tokens that one kv head held at once, prompt included; where heads share a budget, on "
+           "average\n"
            "peak bytes   most memory of resident pages: keys, values, page summaries and policy state, all kv heads\n"
            "evicted      tokens given up for good, summed over kv heads\n";
     if (any_judges()) {

@@ -239,7 +239,8 @@ class DecodeReport {
       out << "guesses right  tokens that were guessed from the text and confirmed by the model, of all guessed\n";
     }
     out << "answer         the last number before the last \";\" if the text has one, else how the output ends\n"
-           "peak tokens    most tokens that one kv head of one layer held at once, prompt included\n"
+           "peak tokens    most tokens that one kv head of one layer held at once, prompt included; where heads share\n"
+           "               a budget, on average\n"
            "peak bytes     most memory the caches filled: keys, values, page summaries and policy state, all layers "
            "and heads\n"
            "evicted        tokens given up for good, summed over layers and kv heads\n"
