@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iostream>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -170,6 +171,12 @@ Rows stored(const Rows& rows, ScalarType scalar) {
 
 constexpr ScalarType scalars[] = {ScalarType::f32, ScalarType::f16, ScalarType::bf16, ScalarType::int8};
 
+std::size_t answers = 0;  // of query heads that were asked
+struct CountAnswers : testing::Environment {
+  void TearDown() override { std::cout << answers << " answers\n"; }
+};
+[[maybe_unused]] const auto* const count_answers = testing::AddGlobalTestEnvironment(new CountAnswers);
+
 /// Appends and attends all tokens, the first ones a prompt, and holds the cache to its promises after each.
 class Decode {
  public:
@@ -194,6 +201,7 @@ class Decode {
       const Status attended = cache_.attend(rows.token_q(t), out, log_sum_exp);
       ASSERT_TRUE(attended.ok()) << attended.message();
       for (std::size_t head = 0; head < config_.query_heads; ++head) {
+        ++answers;
         const std::size_t kv_head = head / (config_.query_heads / config_.kv_heads);
         std::vector<std::size_t> read;
         for (const Position position : cache_.read_positions(kv_head)) {

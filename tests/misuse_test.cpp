@@ -10,6 +10,8 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <iostream>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -28,9 +30,16 @@ namespace {
 using namespace kvsparse;
 using Code = Status::Code;
 
+std::size_t mistakes = 0;  // that were made
+struct CountMistakes : testing::Environment {
+  void TearDown() override { std::cout << mistakes << " mistakes\n"; }
+};
+[[maybe_unused]] const auto* const count_mistakes = testing::AddGlobalTestEnvironment(new CountMistakes);
+
 /// The condition that was not kept.
 template <class Mistake>
 std::string broken_by(Mistake&& mistake) {
+  ++mistakes;
   try {
     mistake();
   } catch (const std::logic_error& error) {
@@ -284,6 +293,7 @@ TEST(WrongSizes, AreRefusedAtEveryEntranceAndChangeNothing) {
     return TokenRows<float>(out.data(), tokens, heads, dim);
   };
   const auto refused = [&](const Status& status, Code code, const char* what) {
+    ++mistakes;
     EXPECT_EQ(status.code(), code) << what << ": " << status.message();
     EXPECT_TRUE(state_of(cache) == before) << what;
   };
