@@ -3,10 +3,11 @@
 # Everything that must hold before a change lands, from a fresh Debian or Ubuntu machine on:
 #
 #   tests/run.sh          g++ and clang builds with all tests, then the C++ tests under ASan and UBSan, those that start
-#                         threads under TSan, and those of the kernels for aarch64 under qemu
+#                         threads under TSan, those of the kernels for aarch64 under qemu, and the fuzzers for 30
+#                         seconds each
 #   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64;
 #                         -O0, -ffast-math and 32-bit builds of some; a short decode under valgrind; replay checked in
-#                         full; the fuzzers for 30 seconds each
+#                         full
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
 set -euo pipefail
@@ -72,6 +73,9 @@ check asan-ubsan asan-ubsan "${tests_only[@]}"
 targets=threads_test check tsan tsan "${tests_only[@]}"
 kernels="unit_test attend_test"
 targets=$kernels tests="$kernels codegen_test" check aarch64 aarch64
+printf '\n== fuzzers\n'
+tests/fuzz/run.sh 30
+passed+=("fuzzers: 30 seconds each")
 
 if [ "$full" = yes ]; then
   # Other processors and other optimisation: the kernels differ from one to the next.
@@ -106,9 +110,6 @@ if [ "$full" = yes ]; then
   build release replay
   "$python" tests/replay/check_replay.py build/release/bench/replay --dtypes f32,f16,bf16
   passed+=("replay: every case, in f32, f16 and bf16")
-  printf '\n== fuzzers\n'
-  tests/fuzz/run.sh 30
-  passed+=("fuzzers: 30 seconds each")
 fi
 
 printf '\n== passed\n'

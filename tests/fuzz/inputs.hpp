@@ -5,6 +5,7 @@
 // BrokenPromise.
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -26,5 +27,14 @@ using Reader = std::string(std::string_view bytes);
 Reader read_safetensors, read_trace;
 /// config.json and tokenizer.json of a model's directory; texts are encoded with what was read, and decoded.
 Reader read_config, read_tokenizer;
+
+/// The first byte chooses a kind of cache, the rest is a snapshot for it, whose checksums are made right first: what a
+/// checksum refuses is the business of snapshot_test. A refusal changes nothing; a cache that was loaded goes on
+/// decoding within its budget and saves what it loaded.
+Reader read_snapshot;
+/// How many kinds of cache there are: one for each policy that is compiled into the program.
+std::size_t snapshot_kinds();
+/// Such an input, of a cache after so many tokens.
+std::string snapshot_of(std::size_t kind, std::size_t tokens);
 
 }  // namespace kvsparse_test
