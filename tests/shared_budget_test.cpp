@@ -230,6 +230,26 @@ TEST(SharedBudget, OfASnapshotIsChecked) {
             "25 resident pages exceed the budget of 24 that the heads share");
 }
 
+/// What a snapshot only claims takes no memory: a small file with true checksums may come from anybody.
+TEST(SharedBudget, OfASnapshotIsCheckedBeforeItsPagesHaveRoom) {
+  PagedKvCache<FirstHeadGives<25>> cache(config_of());
+  const detail::LayerImage image = detail::ImageAccess::of(cache);
+  for (const std::uint64_t claimed : {std::uint64_t{21}, std::uint64_t{1} << 32, std::uint64_t{1} << 59}) {
+    std::stringstream stream;
+    detail::SnapshotWriter out(stream);
+    detail::write_header(out, image.facts);
+    constexpr int zeros = 4 + 5;  // prompt, peaks, evictions of shared pages; the first head's evictions and counters
+    out.put(std::uint64_t{8 + 1 + 8 * zeros + 8});
+    out.put(static_cast<std::int64_t>(claimed * page_size));
+    out.put(std::uint8_t{1});
+    for (int i = 0; i < zeros; ++i) out.put(std::uint64_t{0});
+    out.put(claimed);
+    out.put_checksum();
+    EXPECT_EQ(refusal_of([&] { load(cache, stream); }),
+              std::to_string(claimed) + " resident pages of a head are more than the 20 that the others can leave it");
+  }
+}
+
 TEST(SharedBudget, AnImpossibleFloorIsRefused) {
   EXPECT_EQ(refusal([] { PagedKvCache<FirstHeadGives<120>> cache(config_of()); }),
             "policy first_head_gives: budget_floor = 1.200000 is not in [0, 1]");

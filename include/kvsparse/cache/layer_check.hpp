@@ -36,6 +36,12 @@ inline void check_pages(const LayerImage& layer, const StagedLayer& state, Stage
   if (count > state.page_budget && !layer.heads_share_budget) {
     refuse_snapshot(fact_text(count) + " resident pages exceed the budget of " + fact_text(state.page_budget));
   }
+  const std::size_t others = layer.heads.size() - 1;
+  const std::size_t most = layer.heads.size() * state.page_budget - others * layer.page_floor;
+  if (layer.heads_share_budget && count > most) {
+    refuse_snapshot(fact_text(count) + " resident pages of a head are more than the " + fact_text(most) +
+                    " that the others can leave it");
+  }
   if (layer.heads_share_budget && count < std::min(layer.page_floor, opened)) {
     refuse_snapshot(fact_text(count) + " resident pages of a head are less than the " + fact_text(layer.page_floor) +
                     " that it is left with");
