@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+#include <new>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -65,6 +67,13 @@ TEST(PolicyReplay, ARefusedBudgetLeavesAGapAndTheReason) {
   write_csv(csv, rows);
   EXPECT_EQ(csv.str().substr(0, csv.str().find("oldest_first,2")),
             "policy,budget_tokens,share,mean_error,evicted_tokens\noldest_first,1,,,0\n");
+}
+
+/// The program's operator new is that of count_allocations.hpp.
+TEST(CountAllocations, WhatIsTooLargeToBeAlignedIsRefused) {
+  constexpr std::align_val_t cache_line{64};
+  volatile std::size_t size = std::numeric_limits<std::size_t>::max() - 10;
+  EXPECT_THROW(::operator delete(::operator new(size, cache_line), cache_line), std::bad_alloc);
 }
 
 }  // namespace

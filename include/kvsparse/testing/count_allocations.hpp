@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 #include "watched_policy.hpp"
@@ -15,6 +16,7 @@ inline thread_local constinit std::size_t counted_allocations = 0;
 
 inline void* counted_new(std::size_t size, std::size_t alignment) {
   ++counted_allocations;
+  if (size > std::numeric_limits<std::size_t>::max() - alignment) throw std::bad_alloc();
   const std::size_t whole = (size + alignment - 1) / alignment * alignment;
   void* const block = alignment <= alignof(std::max_align_t)
                           ? std::malloc(size == 0 ? 1 : size)
