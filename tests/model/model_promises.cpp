@@ -369,9 +369,9 @@ void ModelWorld::check_output(const Entry& entry, std::size_t row, std::size_t e
     const auto key = [&](std::size_t i) {
       const std::span<const float> stored =
           stock_.stored_key(entry.model.rows[static_cast<std::size_t>(read[i])], head);
-      std::vector<float> row(stored.begin(), stored.end());
-      if (entry.kind->counts_in_cache) turn(row, config.rope, missing_behind(entry, head, read[i], end));
-      return row;
+      std::vector<float> turned(stored.begin(), stored.end());
+      if (entry.kind->counts_in_cache) turn(turned, config.rope, missing_behind(entry, head, read[i], end));
+      return turned;
     };
     const auto value = [&](std::size_t i) {
       return stock_.stored_value(entry.model.rows[static_cast<std::size_t>(read[i])], head);
