@@ -46,6 +46,16 @@ TEST(PolicyReplay, PromptQueriesDoNotCount) {
   EXPECT_NEAR(replay<OldestFirst>(layer, 2, 1).share, 2.0 / 4.0, 1e-12);
 }
 
+/// Means over no query would be no numbers.
+TEST(PolicyReplay, ALayerWithoutDecodingIsRefused) {
+  LayerTrace layer = four_equal_tokens();
+  layer.prompt_tokens = 4;
+  EXPECT_EQ(replay<OldestFirst>(layer, 2, 1).refused, "a prompt of 4 tokens leaves none of 4 to decode");
+  EXPECT_THROW(static_cast<void>(milestone_layer(48)), ConfigError);
+  EXPECT_THROW(static_cast<void>(milestone_layer(0)), ConfigError);
+  EXPECT_EQ(replay<OldestFirst>(milestone_layer(49), 64, 4).refused, "");
+}
+
 TEST(PolicyReplay, DenseLosesNothingOfTheSyntheticLayer) {
   const LayerTrace layer = milestone_layer(200);
   const ReplayRow row = replay<Dense>(layer, 16, 4);

@@ -45,8 +45,13 @@ struct LayerTrace {
 
 /// A synthetic layer of milestones: every so often a token comes that queries want for a while, less and less, and one
 /// of the prompt that bursts of queries want late. What published policies differ on, not what a model's layer is like.
+/// Throws ConfigError for a layer that is no longer than its prompt of 48 tokens.
 inline LayerTrace milestone_layer(std::size_t tokens = 768, std::uint64_t seed = 1) {
-  LayerTrace layer{tokens, std::min<std::size_t>(tokens, 48), 4, 2, 32, {}, {}, {}};
+  LayerTrace layer{tokens, 48, 4, 2, 32, {}, {}, {}};
+  if (tokens <= layer.prompt_tokens) {
+    detail::refuse("tokens = " + detail::quoted(tokens) + " leaves none to decode after a prompt of " +
+                   detail::quoted(layer.prompt_tokens));
+  }
   std::mt19937_64 random(seed);  // the same numbers everywhere, unlike the distributions of <random>
   const auto uniform = [&] { return static_cast<float>(random() >> 40) * 0x1.0p-24F; };
   const auto below = [&](std::size_t limit) { return static_cast<std::size_t>(random() % limit); };
@@ -96,6 +101,11 @@ struct ReplayRow {
 template <class Policy>
 ReplayRow replay(const LayerTrace& layer, std::size_t budget, std::size_t page_size, const Policy& policy = {}) {
   ReplayRow row{std::string(Policy::name), budget, 0.0, 0.0, 0, {}};
+  if (layer.prompt_tokens >= layer.tokens) {
+    row.refused = "a prompt of " + std::to_string(layer.prompt_tokens) + " tokens leaves none of " +
+                  std::to_string(layer.tokens) + " to decode";
+    return row;
+  }
   CacheConfig config{.query_heads = layer.query_heads, .kv_heads = layer.kv_heads, .head_dim = layer.head_dim};
   config.page_size = page_size;
   config.budget_tokens = budget;
