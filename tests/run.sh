@@ -7,7 +7,7 @@
 #                         seconds each
 #   tests/run.sh --full   beside that: -march=native, AVX2, -O3 and scalar builds of the tests, all of them for aarch64;
 #                         -O0, -ffast-math and 32-bit builds of some; a short decode under valgrind; replay checked in
-#                         full
+#                         full; the mutations
 #
 # Builds lie in build/<preset>/. Stops at the first failure.
 set -euo pipefail
@@ -110,6 +110,9 @@ if [ "$full" = yes ]; then
   build release replay
   "$python" tests/replay/check_replay.py build/release/bench/replay --dtypes f32,f16,bf16
   passed+=("replay: every case, in f32, f16 and bf16")
+  printf '\n== mutations\n'
+  "$python" tests/mutations.py
+  passed+=("mutations: every one caught")
 fi
 
 printf '\n== passed\n'
