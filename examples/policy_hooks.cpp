@@ -5,8 +5,10 @@
 #include <kvsparse/kvsparse.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <iomanip>
 #include <iostream>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -241,6 +243,33 @@ struct HighestBound {
   }
 };
 
+// knows_logits: scores keys as the kernel does, by logits(); so a layer with ALiBi or a soft cap takes the policy.
+// Pages behind a window need no care: they are not read.
+struct HighestLogit {
+  static constexpr std::string_view name = "highest_logit";
+  static constexpr PageSummary page_summary = PageSummary::min_max;
+  static constexpr bool knows_logits = true;
+  void select(HeadView<HighestLogit> head, QueryGroup queries, Selection& pages) const {
+    const LogitOptions& options = head.logits();
+    const std::span<float> best = head.scratch().first(head.size());
+    const std::span<float> bounds =
+        head.scratch().subspan(head.size(), head.size() * queries.size);  // [pages, queries]
+    head.upper_bounds(queries, bounds);
+    for (const PageIndex page : head.pages()) {
+      const std::int64_t distance = head.first_position(head.open_page()) - head.first_position(page);
+      best[page.value] = -std::numeric_limits<float>::infinity();
+      for (std::size_t q = 0; q < queries.size; ++q) {
+        float logit = bounds[page.value * queries.size + q] * head.softmax_scale();
+        if (options.soft_cap > 0.0F) logit = options.soft_cap * std::tanh(logit / options.soft_cap);
+        const std::size_t query_head = head.kv_head() * queries.size + q;
+        if (!options.alibi_slopes.empty()) logit -= options.alibi_slopes[query_head] * static_cast<float>(distance);
+        best[page.value] = std::max(best[page.value], logit);
+      }
+    }
+    pages.add_highest(best, head.read_page_budget());
+  }
+};
+
 // granularity token: part of a page; select_always: asked even while everything could be read.
 struct EveryOtherToken {
   static constexpr std::string_view name = "every_other_token";
@@ -309,6 +338,7 @@ int main() {
   decode<CountsResidentsAlone>();
   decode<NewestPages>();
   decode<HighestBound>();
+  decode<HighestLogit>();
   decode<EveryOtherToken>();
   decode<UntilItMatters>();
 }
