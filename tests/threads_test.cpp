@@ -316,7 +316,7 @@ struct Everything {
       mix(seen, state.log_sum_exp());
       mix(seen, state.accumulator[0]);
     }
-    if (!selection.contains(PageIndex{1})) {
+    if (head.size() < 2 || !selection.contains(PageIndex{1})) {
       add(head, selection, 1);
     } else {
       add(head, selection, 3);
