@@ -64,9 +64,13 @@ void for_every_cache(Visit&& visit) {
       for (const Settings& settings : variants) {
         SCOPED_TRACE(policy + " in " + std::string(scalar) +
                      (settings.empty() ? "" : " with " + settings.back().key + " = " + settings.back().value));
-        visit([&](const CacheConfig& config) {
-          return kvsparse_tools::named_cache(policy, scalar_type(scalar), config, settings);
-        });
+        visit(
+            [&](const CacheConfig& config) {
+              return kvsparse_tools::named_cache(policy, scalar_type(scalar), config, settings);
+            },
+            [&](const CacheConfig& config) {
+              return kvsparse_tools::named_cache_bytes(policy, scalar_type(scalar), config, settings);
+            });
       }
     }
   }
@@ -109,7 +113,7 @@ void expect_a_decode_without_allocations(std::size_t page_size, std::size_t grou
 }
 
 TEST(Allocations, ThereAreNoneInADecodeStepOfAnyPolicyInAnyStorageType) {
-  for_every_cache([](auto&& make) {
+  for_every_cache([](auto&& make, auto&&) {
     expect_a_decode_without_allocations(1, 1, make);
     expect_a_decode_without_allocations(7, 3, make);
     expect_a_decode_without_allocations(16, 4, make);
@@ -159,26 +163,28 @@ void expect_the_bytes_that_were_announced(const CacheConfig& config, const Polic
   EXPECT_EQ(live_bytes(), before) << "not everything was given back";
 }
 
-template <class Make>
-void expect_the_bytes_that_a_handle_tells(const CacheConfig& config, Make&& make) {
+template <class Make, class Bytes>
+void expect_the_bytes_that_were_announced_by_name(const CacheConfig& config, Make&& make, Bytes&& bytes) {
+  SCOPED_TRACE("page size " + std::to_string(config.page_size) + ", head_dim " + std::to_string(config.head_dim));
+  const std::size_t announced = bytes(config);
   const std::size_t before = live_bytes();
   {
     const AnyCache cache = make(config);
-    EXPECT_EQ(live_bytes() - before, cache.bytes_allocated() + cache.object_bytes())
-        << "page size " << config.page_size << ", head_dim " << config.head_dim;
+    EXPECT_EQ(live_bytes() - before, announced);
+    EXPECT_EQ(cache.bytes_allocated() + cache.object_bytes(), announced);
   }
   EXPECT_EQ(live_bytes(), before) << "not everything was given back";
 }
 
 TEST(Allocations, ConstructionTakesExactlyTheBytesRequired) {
-  for_every_cache([](auto&& make) {
+  for_every_cache([](auto&& make, auto&& bytes) {
     for (const std::size_t page_size : {1U, 7U, 16U, 64U}) {
       CacheConfig config = config_of(page_size, 3);
-      expect_the_bytes_that_a_handle_tells(config, make);
+      expect_the_bytes_that_were_announced_by_name(config, make, bytes);
       config.head_dim = 128;
       config.prompt_overflow = PromptOverflow::grow;
       config.max_prompt_tokens = 11 * page_size;
-      expect_the_bytes_that_a_handle_tells(config, make);
+      expect_the_bytes_that_were_announced_by_name(config, make, bytes);
     }
   });
 }
@@ -242,7 +248,11 @@ TEST(Allocations, APolicyThatAsksForEverythingGetsItAtConstruction) {
       return AnyCache::of<Everything, float>(ScalarType::f32, config);
     };
     expect_a_decode_without_allocations(page_size, 3, make);
-    expect_the_bytes_that_a_handle_tells(config_of(page_size, 3), make);
+    const auto bytes = [](const CacheConfig& config) {
+      return *AnyCache::bytes_required<kvsparse::PolicyList<Everything>, float>(Everything::name, ScalarType::f32,
+                                                                                config);
+    };
+    expect_the_bytes_that_were_announced_by_name(config_of(page_size, 3), make, bytes);
   }
 }
 

@@ -352,7 +352,8 @@ TEST(Configuration, EveryBadNumberIsRefusedWithTheValueAndTheLimit) {
       {"quest", &CacheConfig::max_tokens, 0,
        "max_tokens is 0; policy quest keeps every token and needs to know how many to make room for"},
       {"dense", &CacheConfig::max_tokens, ~std::size_t{0}, "a configured size of 18446744073709551615 exceeds 2^40"},
-      {"dense", &CacheConfig::max_tokens, std::size_t{1} << 36, "34359738368 pages exceed the limit of 2^31"},
+      {"dense", &CacheConfig::max_tokens, std::size_t{1} << 36,
+       "17179869184 pages for each of 2 kv heads exceed the limit of 2^31"},
       {"raas", &CacheConfig::budget_tokens, 0,
        "budget_tokens = 0 holds no page of 4 tokens; policy raas needs at least one page"},
       {"raas", &CacheConfig::budget_tokens, 3,
@@ -370,6 +371,19 @@ TEST(Configuration, EveryBadNumberIsRefusedWithTheValueAndTheLimit) {
     CacheConfig config = config_of(4, 5);
     config.*bad.member = bad.value;
     EXPECT_EQ(refusal(bad.policy, config), bad.sentence);
+  }
+}
+
+TEST(Configuration, PagesBeyondWhatCanBeCountedAreRefused) {
+  CacheConfig config = config_of(1, 5);
+  config.query_heads = config.kv_heads = std::size_t{1} << 20;
+  for (const std::size_t pages : {std::size_t{1} << 11, std::size_t{1} << 24, std::size_t{1} << 40}) {
+    config.budget_tokens = config.max_tokens = pages;
+    for (const std::string policy : {"dense", "raas", "ada_kv", "quest"}) {
+      EXPECT_EQ(refusal(policy, config),
+                std::to_string(pages) + " pages for each of 1048576 kv heads exceed the limit of 2^31")
+          << policy;
+    }
   }
 }
 

@@ -148,7 +148,7 @@ struct PolicyEstimate {
   double seconds = 0.0;                 // of everything
 };
 
-/// Makes the caches of single layers, and so refuses what a run would refuse. Throws kvsparse::ConfigError.
+/// Refuses what the caches of a run would refuse. Throws kvsparse::ConfigError.
 inline PolicyEstimate estimate_memory(const ModelConfig& config, const CacheChoice& choice,
                                       const SequenceLengths& lengths) {
   PolicyEstimate estimate;
@@ -156,8 +156,10 @@ inline PolicyEstimate estimate_memory(const ModelConfig& config, const CacheChoi
   const std::uint64_t bytes_of_token = 2 * config.kv_heads * stored_row_bytes(choice.dtype, config.head_dim);
   const auto add = [&](std::size_t first, std::size_t end, std::size_t tokens_read) {
     if (first >= end) return;
-    const kvsparse::AnyCache cache = layer_cache(config, choice, lengths.max_tokens, first);
-    estimate.cache_bytes += (end - first) * lengths.sequences() * (cache.bytes_allocated() + cache.object_bytes());
+    const std::uint64_t bytes_of_layer =
+        named_cache_bytes(choice.layer_policy(first), choice.dtype,
+                          layer_config(config, choice, lengths.max_tokens, first), choice.layer_options(first));
+    estimate.cache_bytes += (end - first) * lengths.sequences() * bytes_of_layer;
     estimate.read_bytes_at_end += (end - first) * tokens_read * bytes_of_token;
   };
   const std::size_t dense_layers = std::min(choice.dense_layers, config.layers);

@@ -16,6 +16,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -45,12 +46,17 @@ struct CacheChoice {
     std::copy(spread.begin(), spread.end(), budgets.end() - static_cast<std::ptrdiff_t>(sparse));
     return budgets;
   }
+
+  std::string_view layer_policy(std::size_t layer) const { return layer < dense_layers ? "dense" : policy; }
+  std::span<const kvsparse::OptionSetting> layer_options(std::size_t layer) const {
+    if (layer < dense_layers) return {};
+    return settings.options;
+  }
 };
 
-/// The cache of one layer, for sequences of up to `max_tokens` where its policy keeps everything. Throws
-/// kvsparse::ConfigError when it cannot be built.
-inline kvsparse::AnyCache layer_cache(const ModelConfig& model, const CacheChoice& choice, std::size_t max_tokens,
-                                      std::size_t layer, const CacheFactory& make_cache = named_cache) {
+/// The cache of one layer, for sequences of up to `max_tokens` where its policy keeps everything.
+inline kvsparse::CacheConfig layer_config(const ModelConfig& model, const CacheChoice& choice, std::size_t max_tokens,
+                                          std::size_t layer) {
   kvsparse::CacheConfig cache;
   cache.query_heads = model.query_heads;
   cache.kv_heads = model.kv_heads;
@@ -61,8 +67,7 @@ inline kvsparse::AnyCache layer_cache(const ModelConfig& model, const CacheChoic
   cache.max_tokens = max_tokens;
   cache.rope = model.rope;
   cache.layer = layer;
-  if (layer < choice.dense_layers) return make_cache("dense", choice.dtype, cache, {});
-  return make_cache(choice.policy, choice.dtype, cache, choice.settings.options);
+  return cache;
 }
 
 /// As long as no more tokens came, the policy keeps and reads all of them in every layer, or in one.
@@ -118,7 +123,9 @@ class Decoder {
     resize(1);
     caches_.reserve(model.config().layers);
     for (std::size_t layer = 0; layer < model.config().layers; ++layer) {
-      caches_.push_back(layer_cache(model.config(), choice, max_tokens, layer, make_cache));
+      caches_.push_back(make_cache(choice.layer_policy(layer), choice.dtype,
+                                   layer_config(model.config(), choice, max_tokens, layer),
+                                   choice.layer_options(layer)));
     }
   }
 

@@ -26,12 +26,20 @@ kvsparse::AnyCache named_cache_over(const kvsparse::AnyPagePool& pool, std::stri
                                     const kvsparse::CacheConfig& config,
                                     std::span<const kvsparse::OptionSetting> settings = {});
 
-/// For those two: the policies whose place in the table is Part, modulo Parts; nothing for the others. pool: null for
+/// What named_cache would allocate, without making it. Throws kvsparse::ConfigError.
+std::size_t named_cache_bytes(std::string_view policy, kvsparse::ScalarType dtype, const kvsparse::CacheConfig& config,
+                              std::span<const kvsparse::OptionSetting> settings = {});
+
+/// For those three: the policies whose place in the table is Part, modulo Parts; nothing for the others. pool: null for
 /// pages of the cache's own. CMakeLists.txt writes a translation unit for each part.
 template <std::size_t Part, std::size_t Parts>
 std::optional<kvsparse::AnyCache> named_cache_of_part(std::string_view policy, kvsparse::ScalarType dtype,
                                                       const kvsparse::CacheConfig& config,
                                                       std::span<const kvsparse::OptionSetting> settings,
                                                       const kvsparse::AnyPagePool* pool);
+template <std::size_t Part, std::size_t Parts>
+std::optional<std::size_t> named_cache_bytes_of_part(std::string_view policy, kvsparse::ScalarType dtype,
+                                                     const kvsparse::CacheConfig& config,
+                                                     std::span<const kvsparse::OptionSetting> settings);
 
 }  // namespace kvsparse_tools

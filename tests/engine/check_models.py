@@ -208,6 +208,11 @@ def check_estimates(binary, root):
         check(result["bytes"] == result["weight_bytes"] + max(dense["cache_bytes"], quest["cache_bytes"]), f"{name}: the most")
         check(0 < raas["prompt_seconds"] and raas["token_seconds"] < dense["token_seconds"], f"{name}: seconds under a budget")
 
+    # Layers that fit no machine are a figure too.
+    result, _ = estimate(root / "only-config-qwen", "--max-new", 2**24, "--compare", "quest", "--budget", 1024)
+    for policy in result["policies"]:
+        close(policy["cache_bytes"], linear_cache_bytes(QWEN, 2**24, 4), "huge caches of " + policy["policy"])
+
     # With weights beside it: what they take there, and what loading would refuse.
     directory = root / "estimated"
     weights = engine.write_model(directory, small(QWEN), "BF16", 2, 1)

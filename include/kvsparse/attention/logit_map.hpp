@@ -24,9 +24,8 @@ struct LogitMap {
   Position position;                    ///< of the first token
   std::size_t first_query = 0;          ///< the first of these queries, counted from the first token's first
 
-  constexpr bool is_identity() const {
-    return !(soft_cap > 0.0F) && window == 0 && alibi_slopes == nullptr;
-  }  ///< no change
+  /// Whether logits stay as they are.
+  constexpr bool is_identity() const { return !(soft_cap > 0.0F) && window == 0 && alibi_slopes == nullptr; }
   /// The same from another query on.
   constexpr LogitMap from(std::size_t query) const {
     LogitMap map = *this;

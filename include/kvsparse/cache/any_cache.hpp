@@ -70,6 +70,24 @@ class AnyCache {
     return cache;
   }
 
+  /// What the cache that `find` makes with pages of its own allocates, bytes_allocated() and object_bytes(), or nothing
+  /// if no policy of the list has that name. Allocates none of it. Throws ConfigError as `find` does.
+  template <class List, StorageScalar... Scalars>
+  static std::optional<std::size_t> bytes_required(std::string_view policy, ScalarType scalar,
+                                                   const CacheConfig& config,
+                                                   std::span<const OptionSetting> settings = {}) {
+    std::optional<std::size_t> bytes;
+    detail::visit_policies(List{}, [&]<class Policy>() {
+      if (Policy::name != policy) return;
+      const Policy set = with_settings(Policy{}, settings);
+      with_scalar<Policy, Scalars...>(scalar, [&]<class Scalar>() {
+        using Cache = Model<Policy, Scalar>;
+        bytes = sizeof(Cache) + PagedKvCache<Policy, Scalar>::bytes_required(config, set);
+      });
+    });
+    return bytes;
+  }
+
   /// A cache of a policy that need not be in the name table. Throws ConfigError: unknown option (the known ones are
   /// listed), bad option value, bad configuration. `Scalars` are the storage types to compile for, all four unless
   /// some are given: of<Mine, float>(ScalarType::f32, config) compiles one; another is then refused.
@@ -288,24 +306,32 @@ class AnyCache {
   template <class Policy, StorageScalar... Scalars>
   static std::unique_ptr<Interface> make(const Policy& unset, ScalarType scalar, const CacheConfig& config,
                                          const AnyPagePool* pool, std::span<const OptionSetting> settings) {
+    const Policy policy = with_settings(unset, settings);
+    std::unique_ptr<Interface> cache;
+    with_scalar<Policy, Scalars...>(scalar, [&]<class Scalar>() {
+      cache = pool == nullptr
+                  ? std::make_unique<Model<Policy, Scalar>>(config, policy)
+                  : std::make_unique<Model<Policy, Scalar>>(config, std::get<PagePool<Scalar>>(*pool), policy);
+    });
+    return cache;
+  }
+
+  /// Calls visit<Scalar>() for the one of Scalars, or of all four where none is given, that has the name.
+  template <class Policy, StorageScalar... Scalars, class Visit>
+  static void with_scalar(ScalarType scalar, Visit&& visit) {
     if constexpr (sizeof...(Scalars) == 0) {
-      return make<Policy, float, Half, Bfloat16, Int8>(unset, scalar, config, pool, settings);
+      with_scalar<Policy, float, Half, Bfloat16, Int8>(scalar, visit);
     } else {
-      const Policy policy = with_settings(unset, settings);
       const std::string_view wanted = scalar_type_names[static_cast<std::size_t>(scalar)];
-      std::unique_ptr<Interface> cache;
       const auto try_type = [&]<class Scalar>() {
-        if (scalar_name<Scalar> != wanted) return;
-        cache = pool == nullptr
-                    ? std::make_unique<Model<Policy, Scalar>>(config, policy)
-                    : std::make_unique<Model<Policy, Scalar>>(config, std::get<PagePool<Scalar>>(*pool), policy);
+        if (scalar_name<Scalar> != wanted) return false;
+        visit.template operator()<Scalar>();
+        return true;
       };
-      (try_type.template operator()<Scalars>(), ...);
-      if (cache == nullptr) {
+      if (!(try_type.template operator()<Scalars>() || ...)) {
         KVSPARSE_THROW(ConfigError("policy " + std::string(Policy::name) + " is not compiled for storage type " +
                                    std::string(wanted)));
       }
-      return cache;
     }
   }
 

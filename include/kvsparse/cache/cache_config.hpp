@@ -102,6 +102,11 @@ struct CachePlan {
   std::size_t journal_queries() const { return max_speculative == 0 ? 0 : max_speculative + 1; }
 };
 
+/// Pages that one of `heads` heads can come to, which share a budget of `mean` pages a head, where each keeps `floor`.
+constexpr std::size_t most_pages_of_a_head(std::size_t heads, std::size_t mean, std::size_t floor) {
+  return heads * mean - (heads - 1) * floor;
+}
+
 inline std::string quoted(std::size_t value) { return std::to_string(value); }
 
 [[noreturn]] inline void refuse(const std::string& sentence) { KVSPARSE_THROW(ConfigError(sentence)); }
@@ -196,6 +201,14 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     }
     plan.read_pages = read / config.page_size;
   }
+  // By quotients: a product of what was configured may wrap.
+  const std::size_t most_pages = std::numeric_limits<std::uint32_t>::max() / 2 / config.kv_heads;
+  const auto require_room = [&](std::size_t pages) {
+    if (pages > most_pages) {
+      refuse(quoted(pages) + " pages for each of " + quoted(config.kv_heads) + " kv heads exceed the limit of 2^31");
+    }
+  };
+  require_room(plan.page_capacity);
   plan.head_capacity = plan.page_capacity;
   if constexpr (SharedBudgetEvictor<Policy>) {
     const double floor = traits::budget_floor(policy);
@@ -204,14 +217,12 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     }
     const auto share = static_cast<std::size_t>(floor * static_cast<double>(plan.page_budget));
     plan.page_floor = std::clamp<std::size_t>(share, 1, plan.page_budget);
-    plan.head_capacity = plan.geometry.kv_heads * plan.page_capacity - (plan.geometry.kv_heads - 1) * plan.page_floor;
+    plan.head_capacity = most_pages_of_a_head(plan.geometry.kv_heads, plan.page_capacity, plan.page_floor);
   }
   plan.max_speculative = config.max_speculative;
   plan.draft_pages = plan.geometry.pages_for(config.max_speculative);
   plan.spare_pages = Evictor<Policy> ? plan.draft_pages : 0;
-  if (plan.table_pages() * plan.geometry.kv_heads > std::numeric_limits<std::uint32_t>::max() / 2) {
-    refuse(quoted(plan.table_pages() * plan.geometry.kv_heads) + " pages exceed the limit of 2^31");
-  }
+  require_room(plan.table_pages());
   return plan;
 }
 

@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 
+#include "cache_config.hpp"
 #include "layer_image.hpp"
 
 namespace kvsparse::detail {
@@ -36,8 +37,7 @@ inline void check_pages(const LayerImage& layer, const StagedLayer& state, Stage
   if (count > state.page_budget && !layer.heads_share_budget) {
     refuse_snapshot(fact_text(count) + " resident pages exceed the budget of " + fact_text(state.page_budget));
   }
-  const std::size_t others = layer.heads.size() - 1;
-  const std::size_t most = layer.heads.size() * state.page_budget - others * layer.page_floor;
+  const std::size_t most = most_pages_of_a_head(layer.heads.size(), state.page_budget, layer.page_floor);
   if (layer.heads_share_budget && count > most) {
     refuse_snapshot(fact_text(count) + " resident pages of a head are more than the " + fact_text(most) +
                     " that the others can leave it");

@@ -271,11 +271,14 @@ class LayerHeads {
   /// What is to be compared with the budget: tokens of the fullest head, or of the average one, rounded up, where heads
   /// share it.
   std::size_t tokens_of_a_head() const {
-    std::size_t most = 0;
     std::size_t sum = 0;
+    std::size_t most = 0;
     for (const Head& head : heads_) {
-      most = std::max(most, head.table.resident_tokens());
-      sum += head.table.resident_tokens();
+      if constexpr (SharedBudgetEvictor<Policy>) {
+        sum += head.table.resident_tokens();
+      } else {
+        most = std::max(most, head.table.resident_tokens());
+      }
     }
     return SharedBudgetEvictor<Policy> ? divide_up(sum, heads_.size()) : most;
   }
