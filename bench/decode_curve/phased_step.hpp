@@ -35,12 +35,13 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
   };
   if (const Status status = cache.append(k, v); !status) throw std::runtime_error(status.message());
   lap(times.append);
+  const kvsparse::detail::AttendedLayer<Policy> layer = cache.attended();
   const Geometry& shape = cache.geometry();
   const std::size_t row = round_up(shape.head_dim, query_padding);
   for (std::size_t h = 0; h < shape.kv_heads; ++h) {
     const std::size_t offset = h * shape.group() * shape.head_dim;
     const QueryGroup group{q.data() + offset, shape.group(), shape.head_dim, shape.head_dim, cache.softmax_scale()};
-    auto& scratch = cache.attend_scratch(h);
+    kvsparse::detail::AttendScratch& scratch = layer.scratch[h];
     cache.begin_query(h, cache.next_position());
     lap(times.select);
     kvsparse::detail::pad_queries(group, scratch.queries.data(), row);
@@ -57,7 +58,7 @@ void phased_step(kvsparse::PagedKvCache<Policy, Scalar>& cache, const std::vecto
       for (auto reads = cache.select(h, queries); !reads.empty(); reads = cache.select_more(h, queries, states)) {
         lap(times.select);
         for (std::size_t range = 0; range < scratch.ranges(reads.size()); ++range) {
-          kvsparse::detail::read_range(cache, of_selection, reads, seen, range);
+          kvsparse::detail::read_range(layer, of_selection, reads, seen, range);
           if (range == 0) continue;
           const std::span<const SoftmaxState> part = scratch.states(range, first, block);
           for (std::size_t i = 0; i < block; ++i) merge(states[i], part[i], shape.head_dim);

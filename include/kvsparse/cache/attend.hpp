@@ -7,10 +7,10 @@
 #include <span>
 #include <type_traits>
 
-#include "../attention/page_kernel.hpp"
 #include "../core/executor.hpp"
 #include "../core/shape_check.hpp"
 #include "attend_tile.hpp"
+#include "attended_layer.hpp"
 #include "paged_kv_cache.hpp"
 
 namespace kvsparse {
@@ -27,10 +27,11 @@ struct QueryBlock {
 /// Reads range `range` of `reads` into the block's states of that range; the first range continues the head's states.
 /// Pages are read in runs that meet the query under the same rotation; where one rotates, only one thread may read the
 /// head. first_read: how many reads of this query came before `reads`.
-template <class Cache>
-KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::span<const PageRead> reads,
-                                  std::size_t first_read, std::size_t range) {
-  AttendScratch& scratch = cache.attend_scratch(block.kv_head);
+template <class Policy>
+KVSPARSE_NOINLINE void read_range(const AttendedLayer<Policy>& layer, const QueryBlock& block,
+                                  std::span<const PageRead> reads, std::size_t first_read, std::size_t range) {
+  LayerDrafts<Policy>& heads = layer.heads;
+  AttendScratch& scratch = layer.scratch[block.kv_head];
   const std::size_t group = block.queries.size;
   const std::size_t begin = range * scratch.range_pages;
   const std::size_t end = std::min(begin + scratch.range_pages, reads.size());
@@ -38,8 +39,8 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
       range == 0 ? scratch.states(0, block.first_query, group) : scratch.start(range, block.first_query, group);
   const std::size_t row = round_up(block.queries.head_dim, query_padding);
   float* padded = scratch.queries.data() + block.first_query * row;
-  PageTap tap = cache.tap(block.kv_head, first_read + begin);
-  const LogitMap map = cache.logit_map(block.kv_head, block.first_query, group);
+  PageTap tap = heads.tap(block.kv_head, first_read + begin);
+  const LogitMap map = heads.logit_map(block.kv_head, block.first_query, group);
   std::int64_t rotation = 0;
   for (std::size_t first = begin; first < end;) {
     std::size_t last = first + 1;
@@ -47,9 +48,9 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
     if (reads[first].rotate_back != rotation) {
       rotation = reads[first].rotate_back;
       pad_queries(block.queries, padded, row);
-      cache.rope().turn(padded, group, row, -rotation);
+      heads.rope().turn(padded, group, row, -rotation);
     }
-    attend_pages(cache.pages(), reads.subspan(first, last - first), padded, row, states, tap, map);
+    layer.read_pages(reads.subspan(first, last - first), padded, row, states, tap, map);
     tap = tap.from(last - first, 0);
     first = last;
   }
@@ -59,16 +60,16 @@ KVSPARSE_NOINLINE void read_range(Cache& cache, const QueryBlock& block, std::sp
 /// One query of each query head over the tokens before `end`. Each kv head goes through begin, read its ranges and
 /// finish; how these are spread over threads changes no bit, because a range is a range for one thread as for many, and
 /// a head's ranges are merged in their order.
-template <class Cache>
+template <class Policy>
 class AttendStep {
  public:
   /// lse, lost_mass: [query_heads] or null.
-  AttendStep(Cache& cache, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end,
+  AttendStep(const AttendedLayer<Policy>& layer, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end,
              float* lost_mass = nullptr)
-      : cache_(cache), q_(q), out_(out), lse_(lse), lost_mass_(lost_mass), end_(end) {}
+      : layer_(layer), heads_(layer.heads), q_(q), out_(out), lse_(lse), lost_mass_(lost_mass), end_(end) {}
 
   void run(ExecutorRef executor) const {
-    const std::size_t heads = cache_.geometry().kv_heads;
+    const std::size_t heads = heads_.geometry().kv_heads;
     const auto whole_head = [this](std::size_t h) noexcept {
       begin(h);
       finish(h, false);
@@ -78,7 +79,7 @@ class AttendStep {
     } else {
       const auto begin_head = [this](std::size_t h) noexcept {
         begin(h);
-        AttendScratch& scratch = cache_.attend_scratch(h);
+        AttendScratch& scratch = layer_.scratch[h];
         const auto is_plain = [](const PageRead& read) { return read.rotate_back == 0; };
         scratch.reads_may_be_shared = std::all_of(scratch.reads.begin(), scratch.reads.end(), is_plain);
       };
@@ -88,13 +89,13 @@ class AttendStep {
       const auto read = [this, most](std::size_t task) noexcept {
         const std::size_t h = task / most;
         const std::size_t range = task % most;
-        if (range < shared_ranges(h)) read_range(cache_, whole_group(h), cache_.attend_scratch(h).reads, 0, range);
+        if (range < shared_ranges(h)) read_range(layer_, whole_group(h), layer_.scratch[h].reads, 0, range);
       };
       if (most > 1) executor(heads * most, read);
       const auto finish_head = [this, most](std::size_t h) noexcept { finish(h, most > 1 && shared_ranges(h) > 0); };
       executor(heads, finish_head);
     }
-    cache_.end_step();
+    heads_.end_step();
   }
 
  private:
@@ -102,74 +103,75 @@ class AttendStep {
   /// eighth may be lost where they do not divide evenly.
   bool heads_are_enough(std::size_t threads, std::size_t heads) const {
     std::size_t longest = 0;
-    for (std::size_t h = 0; h < heads; ++h) longest = std::max(longest, cache_.resident_tokens(h));
+    for (std::size_t h = 0; h < heads; ++h) longest = std::max(longest, heads_.resident_tokens(h));
     if (longest <= range_tokens) return true;
     return threads != 0 && 8 * (round_up(heads, threads) - heads) <= heads;
   }
 
   QueryBlock whole_group(std::size_t kv_head) const {
-    const std::size_t group = cache_.geometry().group();
+    const std::size_t group = heads_.geometry().group();
     return {kv_head,
             0,
-            {q_.row(kv_head * group), group, cache_.geometry().head_dim, q_.head_stride, cache_.softmax_scale()}};
+            {q_.row(kv_head * group), group, heads_.geometry().head_dim, q_.head_stride, heads_.softmax_scale()}};
   }
 
   std::size_t shared_ranges(std::size_t kv_head) const {
-    const AttendScratch& scratch = cache_.attend_scratch(kv_head);
+    const AttendScratch& scratch = layer_.scratch[kv_head];
     return scratch.reads_may_be_shared ? scratch.ranges(scratch.reads.size()) : 0;
   }
 
   KVSPARSE_NOINLINE void begin(std::size_t kv_head) const {
-    AttendScratch& scratch = cache_.attend_scratch(kv_head);
+    AttendScratch& scratch = layer_.scratch[kv_head];
     const QueryGroup group = whole_group(kv_head).queries;
-    cache_.begin_query(kv_head, end_);
+    heads_.begin_query(kv_head, end_);
     pad_queries(group, scratch.queries.data(), round_up(group.head_dim, query_padding));
     scratch.start(0, 0, group.size);
     // Where each query head selects for itself, the next selection overwrites the one before: all of it is finish's.
-    const bool together = cache_.queries_per_selection(kv_head) == group.size;
-    scratch.reads = together ? cache_.select(kv_head, group) : std::span<const PageRead>();
+    const bool together = heads_.queries_per_selection(kv_head) == group.size;
+    scratch.reads = together ? heads_.select(kv_head, group) : std::span<const PageRead>();
   }
 
   /// ranges_are_read: those of the first selection are, and wait to be merged.
   KVSPARSE_NOINLINE void finish(std::size_t kv_head, bool ranges_are_read) const {
-    AttendScratch& scratch = cache_.attend_scratch(kv_head);
+    AttendScratch& scratch = layer_.scratch[kv_head];
     const QueryGroup group = whole_group(kv_head).queries;
-    const std::size_t size = cache_.queries_per_selection(kv_head);
+    const std::size_t size = heads_.queries_per_selection(kv_head);
     for (std::size_t first = 0; first < group.size; first += size) {
       QueryBlock block{kv_head, first, group};
       block.queries.data = group[first].data();
       block.queries.size = size;
       const std::span<SoftmaxState> states = scratch.states(0, first, size);
-      auto reads = size == group.size ? scratch.reads : cache_.select(kv_head, block.queries);
+      auto reads = size == group.size ? scratch.reads : heads_.select(kv_head, block.queries);
       for (std::size_t seen = 0; !reads.empty();) {
         for (std::size_t range = 0; range < scratch.ranges(reads.size()); ++range) {
-          if (!ranges_are_read) read_range(cache_, block, reads, seen, range);
+          if (!ranges_are_read) read_range(layer_, block, reads, seen, range);
           if (range == 0) continue;
           const std::span<const SoftmaxState> part = scratch.states(range, first, size);
-          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], cache_.geometry().dim_of_values());
+          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], heads_.geometry().dim_of_values());
         }
         ranges_are_read = false;
         seen += reads.size();
-        reads = cache_.select_more(kv_head, block.queries, states);
+        reads = heads_.select_more(kv_head, block.queries, states);
       }
-      cache_.add_residual(kv_head, block.queries, states);
-      cache_.add_sinks(kv_head, first, states);
-      if constexpr (!Evictor<typename Cache::policy_type>) {
+      heads_.add_residual(kv_head, block.queries, states);
+      heads_.add_sinks(kv_head, first, states);
+      if constexpr (!Evictor<Policy>) {
         if (lost_mass_ != nullptr) {
-          cache_.bound_lost_mass(kv_head, first, block.queries, states, lost_mass_ + kv_head * group.size + first);
+          heads_.bound_lost_mass(kv_head, first, block.queries, states, lost_mass_ + kv_head * group.size + first);
         }
       }
-      cache_.record(kv_head, first, states);
+      heads_.record(kv_head, first, states);
     }
     for (std::size_t q = 0; q < group.size; ++q) {
       const SoftmaxState& state = scratch.states(0, q, 1)[0];
-      normalise(state, out_.row(kv_head * group.size + q), cache_.geometry().dim_of_values());
+      normalise(state, out_.row(kv_head * group.size + q), heads_.geometry().dim_of_values());
       if (lse_ != nullptr) lse_[kv_head * group.size + q] = state.log_sum_exp();
     }
-    cache_.observe(kv_head, group);
+    heads_.observe(kv_head, group);
   }
 
-  Cache& cache_;
+  AttendedLayer<Policy> layer_;
+  LayerDrafts<Policy>& heads_;
   HeadRows<const float> q_;
   HeadRows<float> out_;
   float* lse_;
@@ -178,16 +180,42 @@ class AttendStep {
 };
 
 /// What attend refuses.
-template <class Cache>
-Status check_attend(const Cache& cache, HeadRows<const float> q, HeadRows<float> out, std::span<float> log_sum_exp) {
-  const std::size_t query_heads = cache.geometry().query_heads;
-  if (cache.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
-  if (const Status status = check_rows(q, query_heads, cache.geometry().head_dim); !status) return status;
-  if (const Status status = check_rows(out, query_heads, cache.geometry().dim_of_values()); !status) return status;
-  if (!log_sum_exp.empty() && log_sum_exp.size() != query_heads) {
-    return {Status::Code::wrong_size, log_sum_exp.size(), query_heads};
+template <class Policy>
+Status check_attend(const LayerDrafts<Policy>& heads, HeadRows<const float> q, HeadRows<float> out,
+                    std::span<float> log_sum_exp) {
+  const Geometry& geometry = heads.geometry();
+  if (heads.next_position() == Position{0}) return {Status::Code::nothing_to_attend, 1, 0};
+  if (const Status status = check_rows(q, geometry.query_heads, geometry.head_dim); !status) return status;
+  if (const Status status = check_rows(out, geometry.query_heads, geometry.dim_of_values()); !status) return status;
+  if (!log_sum_exp.empty() && log_sum_exp.size() != geometry.query_heads) {
+    return {Status::Code::wrong_size, log_sum_exp.size(), geometry.query_heads};
   }
-  return cache.check_queries(1);
+  return heads.check_queries(1);
+}
+
+/// What attend_prompt refuses.
+template <class Policy>
+Status check_attend_prompt(const LayerDrafts<Policy>& heads, TokenRows<const float> q, TokenRows<float> out) {
+  const Geometry& geometry = heads.geometry();
+  const auto length = static_cast<std::size_t>(heads.next_position().value);
+  if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
+  if (const Status status = heads.check_queries(q.tokens); !status) return status;
+  if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
+  if (q.tokens == 0) return {};
+  if (const Status status = check_rows(q, geometry.query_heads, geometry.head_dim); !status) return status;
+  return check_rows(out, geometry.query_heads, geometry.dim_of_values());
+}
+
+/// After check_attend_prompt().
+template <class Policy>
+void attend_tokens(const AttendedLayer<Policy>& layer, TokenRows<const float> q, TokenRows<float> out,
+                   ExecutorRef executor) {
+  if (const AttendTiles<Policy> tiles(layer, q, out); tiles.suit()) return tiles.run(executor);
+  const auto length = static_cast<std::size_t>(layer.heads.next_position().value);
+  for (std::size_t token = 0; token < q.tokens; ++token) {
+    const Position end = Position{0} + (length - q.tokens + token + 1);
+    AttendStep<Policy>(layer, q.token(token), out.token(token), nullptr, end).run(executor);
+  }
 }
 
 }  // namespace detail
@@ -205,9 +233,10 @@ Status check_attend(const Cache& cache, HeadRows<const float> q, HeadRows<float>
 template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
 Status attend(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const float> q, HeadRows<float> out,
               std::span<float> log_sum_exp, E&& executor) noexcept(is_nothrow_executor<E>) {
-  if (const Status status = detail::check_attend(cache, q, out, log_sum_exp); !status) return status;
+  const detail::AttendedLayer<Policy> layer = cache.attended();
+  if (const Status status = detail::check_attend(layer.heads, q, out, log_sum_exp); !status) return status;
   float* lse = log_sum_exp.empty() ? nullptr : log_sum_exp.data();
-  detail::AttendStep(cache, q, out, lse, cache.next_position()).run(executor);
+  detail::AttendStep<Policy>(layer, q, out, lse, cache.next_position()).run(executor);
   return {};
 }
 /// The same over contiguous rows.
@@ -247,22 +276,9 @@ Status attend(PagedKvCache<Policy, Key, Value>& cache, std::span<const float> q,
 template <class Policy, StorageScalar Key, StorageScalar Value, Executor E>
 Status attend_prompt(PagedKvCache<Policy, Key, Value>& cache, TokenRows<const float> q, TokenRows<float> out,
                      E&& executor) noexcept(is_nothrow_executor<E>) {
-  const auto length = static_cast<std::size_t>(cache.next_position().value);
-  if (q.tokens > length) return {Status::Code::nothing_to_attend, q.tokens, length};
-  if (const Status status = cache.check_queries(q.tokens); !status) return status;
-  if (out.tokens != q.tokens) return {Status::Code::wrong_tokens, out.tokens, q.tokens};
-  if (q.tokens == 0) return {};
-  const Geometry& geometry = cache.geometry();
-  if (const Status status = check_rows(q, geometry.query_heads, geometry.head_dim); !status) return status;
-  if (const Status status = check_rows(out, geometry.query_heads, geometry.dim_of_values()); !status) return status;
-  if (const detail::AttendTiles tiles(cache, q, out); tiles.suit()) {
-    tiles.run(executor);
-    return {};
-  }
-  for (std::size_t token = 0; token < q.tokens; ++token) {
-    const Position end = Position{0} + (length - q.tokens + token + 1);
-    detail::AttendStep(cache, q.token(token), out.token(token), nullptr, end).run(executor);
-  }
+  const detail::AttendedLayer<Policy> layer = cache.attended();
+  if (const Status status = detail::check_attend_prompt(layer.heads, q, out); !status) return status;
+  if (q.tokens > 0) detail::attend_tokens<Policy>(layer, q, out, executor);
   return {};
 }
 /// The same on the calling thread.

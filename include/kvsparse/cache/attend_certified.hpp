@@ -28,13 +28,14 @@ Status attend_certified(PagedKvCache<Policy, Key, Value>& cache, HeadRows<const 
       "evicts, and of what is gone nothing can be proved: use attend, or a policy that keeps everything, such "
       "as Certified.");
   const std::size_t query_heads = cache.geometry().query_heads;
-  if (const Status status = detail::check_attend(cache, q, out, log_sum_exp); !status) return status;
+  const detail::AttendedLayer<Policy> layer = cache.attended();
+  if (const Status status = detail::check_attend(layer.heads, q, out, log_sum_exp); !status) return status;
   if (lost_mass_bound.size() != query_heads) return {Status::Code::wrong_size, lost_mass_bound.size(), query_heads};
   if (Selector<Policy> && traits::page_summary(cache.policy()) != PageSummary::min_max) {
     return {Status::Code::no_page_bounds, cache.resident_tokens(0), 0};
   }
   float* lse = log_sum_exp.empty() ? nullptr : log_sum_exp.data();
-  detail::AttendStep(cache, q, out, lse, cache.next_position(), lost_mass_bound.data()).run(executor);
+  detail::AttendStep<Policy>(layer, q, out, lse, cache.next_position(), lost_mass_bound.data()).run(executor);
   return {};
 }
 /// The same over contiguous rows.

@@ -6,35 +6,36 @@
 #include <cstddef>
 #include <span>
 
-#include "../attention/page_kernel.hpp"
 #include "../core/executor.hpp"
 #include "../core/softmax_state.hpp"
 #include "../core/views.hpp"
 #include "attend_scratch.hpp"
-#include "paged_kv_cache.hpp"
+#include "attended_layer.hpp"
 
 namespace kvsparse::detail {
 
 /// The queries of the newest q.tokens tokens, for policies that read everything and look at one kv head at a time. What
 /// the policy sees is what it would see token by token, up to the rounding of sums.
-template <class Cache>
+template <class Policy>
 class AttendTiles {
-  using Policy = typename Cache::policy_type;
-
  public:
-  AttendTiles(Cache& cache, TokenRows<const float> q, TokenRows<float> out)
-      : cache_(cache), q_(q), out_(out), first_(static_cast<std::size_t>(cache.next_position().value) - q.tokens) {}
+  AttendTiles(const AttendedLayer<Policy>& layer, TokenRows<const float> q, TokenRows<float> out)
+      : heads_(layer.heads),
+        read_pages_(layer.read_pages),
+        q_(q),
+        out_(out),
+        first_(static_cast<std::size_t>(layer.heads.next_position().value) - q.tokens) {}
 
   /// Whether tiles can do this chunk, and save anything over going token by token.
   bool suit() const {
     if constexpr (StepObserver<Policy> || ResidualProvider<Policy> || traits::select_always<Policy>()) return false;
-    if (asks_for(traits::evidence(cache_.policy()), EvidenceKind::token_weights)) return false;
-    if (cache_.drafts() != 0) return false;
-    for (std::size_t h = 0; h < cache_.geometry().kv_heads; ++h) {
-      cache_.begin_query(h, cache_.next_position());
-      if (!cache_.reads_all(h)) return false;
-      const bool has_gap = cache_.resident_tokens(h) < first_ + q_.tokens;
-      if (has_gap && traits::in_cache_positions(cache_.policy())) return false;  // queries turn back, each its own way
+    if (asks_for(traits::evidence(heads_.policy()), EvidenceKind::token_weights)) return false;
+    if (heads_.drafts() != 0) return false;
+    for (std::size_t h = 0; h < heads_.geometry().kv_heads; ++h) {
+      heads_.begin_query(h, heads_.next_position());
+      if (!heads_.reads_all(h)) return false;
+      const bool has_gap = heads_.resident_tokens(h) < first_ + q_.tokens;
+      if (has_gap && traits::in_cache_positions(heads_.policy())) return false;  // queries turn back, each its own way
     }
     return std::min(tokens_per_tile(), q_.tokens) > 1;
   }
@@ -45,26 +46,26 @@ class AttendTiles {
         attend_tile(h, token, std::min(tokens_per_tile(), q_.tokens - token));
       }
     };
-    executor(cache_.geometry().kv_heads, whole_head);
+    executor(heads_.geometry().kv_heads, whole_head);
   }
 
  private:
   static constexpr std::size_t tile_floats = tile_queries * 128;
 
-  std::size_t row() const { return round_up(cache_.geometry().head_dim, query_padding); }
-  std::size_t value_row() const { return round_up(cache_.geometry().dim_of_values(), query_padding); }
+  std::size_t row() const { return round_up(heads_.geometry().head_dim, query_padding); }
+  std::size_t value_row() const { return round_up(heads_.geometry().dim_of_values(), query_padding); }
   std::size_t tokens_per_tile() const {
-    return std::min(tile_queries, tile_floats / std::max(row(), value_row())) / cache_.geometry().group();
+    return std::min(tile_queries, tile_floats / std::max(row(), value_row())) / heads_.geometry().group();
   }
   QueryGroup group_of(std::size_t kv_head, std::size_t token) const {
-    const std::size_t group = cache_.geometry().group();
+    const std::size_t group = heads_.geometry().group();
     const HeadRows<const float> rows = q_.token(token);
-    return {rows.row(kv_head * group), group, cache_.geometry().head_dim, rows.head_stride, cache_.softmax_scale()};
+    return {rows.row(kv_head * group), group, heads_.geometry().head_dim, rows.head_stride, heads_.softmax_scale()};
   }
   /// Starts the token's query.
   std::span<const PageRead> select(std::size_t kv_head, std::size_t token) const {
-    cache_.begin_query(kv_head, Position{0} + (first_ + token + 1));
-    return cache_.select(kv_head, group_of(kv_head, token));
+    heads_.begin_query(kv_head, Position{0} + (first_ + token + 1));
+    return heads_.select(kv_head, group_of(kv_head, token));
   }
 
   /// How many of the pages that the tile's first token reads have left a later token's window.
@@ -73,7 +74,7 @@ class AttendTiles {
   }
 
   KVSPARSE_NOINLINE void attend_tile(std::size_t kv_head, std::size_t first, std::size_t tokens) const {
-    const std::size_t group = cache_.geometry().group();
+    const std::size_t group = heads_.geometry().group();
     alignas(64) float queries[tile_floats];
     alignas(64) float accumulators[tile_floats];
     SoftmaxState states[tile_queries];
@@ -84,24 +85,23 @@ class AttendTiles {
       pad_queries(group_of(kv_head, first + t), queries + t * group * row(), row());
     }
 
-    auto& head = cache_.head(kv_head);
-    const PageTap tap = head.tap(count, cache_.geometry().page_size);
+    auto& head = heads_.head(kv_head);
+    const PageTap tap = head.tap(count, heads_.geometry().page_size);
     // All pages before the first token's last one are whole for every token; what follows is cut at each one's own.
     const auto whole = select(kv_head, first);
     const std::size_t shared = whole.size() - std::min<std::size_t>(whole.size(), 1);
     const PageIndex first_page = whole.empty() ? PageIndex{} : whole[0].index;
-    attend_pages(cache_.pages(), whole.first(shared), queries, row(), {states, count}, tap,
-                 cache_.logit_map(kv_head, 0, group));
+    read_pages_(whole.first(shared), queries, row(), {states, count}, tap, heads_.logit_map(kv_head, 0, group));
     std::size_t reads_of_tile = 0;
     for (std::size_t t = 0; t < tokens; ++t) {
       const std::size_t query = t * group;
       const auto reads = select(kv_head, first + t);
       const std::size_t left = pages_left(first_page, reads);
       const std::size_t read = shared - std::min(shared, left);
-      attend_pages(cache_.pages(), reads.subspan(read), queries + query * row(), row(), {states + query, group},
-                   tap.from(left + read, query), cache_.logit_map(kv_head, 0, group));
+      read_pages_(reads.subspan(read), queries + query * row(), row(), {states + query, group},
+                  tap.from(left + read, query), heads_.logit_map(kv_head, 0, group));
       reads_of_tile = left + reads.size();
-      cache_.add_sinks(kv_head, 0, {states + query, group});
+      heads_.add_sinks(kv_head, 0, {states + query, group});
     }
     head.weigh_pages({states, count}, reads_of_tile);
     for (std::size_t t = 0; t < tokens; ++t) {
@@ -109,13 +109,14 @@ class AttendTiles {
       const std::size_t left = pages_left(first_page, select(kv_head, first + t));
       head.record(0, of_token, group, tap.from(left, t * group));
       for (std::size_t q = 0; q < group; ++q) {
-        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), cache_.geometry().dim_of_values());
+        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), heads_.geometry().dim_of_values());
       }
-      cache_.observe(kv_head, group_of(kv_head, first + t));
+      heads_.observe(kv_head, group_of(kv_head, first + t));
     }
   }
 
-  Cache& cache_;
+  LayerDrafts<Policy>& heads_;
+  PageReader read_pages_;
   TokenRows<const float> q_;
   TokenRows<float> out_;
   std::size_t first_;  // position of the chunk's first token

@@ -11,8 +11,7 @@
 #include <vector>
 
 #include "../core/shape_check.hpp"
-#include "attend_scratch.hpp"
-#include "layer_drafts.hpp"
+#include "attended_layer.hpp"
 #include "page_image.hpp"
 #include "pool_access.hpp"
 #include "pool_demand.hpp"
@@ -180,7 +179,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     if (const Status status = Pages::check_drafts(k.tokens); !status) return status;
     if (const Status status = check_pool_for_drafts(k.tokens); !status) return status;
     if (k.tokens == 0) return {};
-    Lender lender{*this};
+    detail::PageLender lender = this->lender();
     Pages::begin_drafts(lender);
     own_open_pages();
     for (std::size_t token = 0; token < k.tokens; ++token) {
@@ -208,7 +207,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     for (std::size_t h = 0; h < geometry().kv_heads; ++h) {
       if (shares_page_cut_at(h, position)) own_page(h, *Pages::page_cut_at(h, position));
     }
-    Lender lender{*this};
+    detail::PageLender lender = this->lender();
     Pages::truncate(position, lender);
     open_pages_may_be_shared_ = pool_.shared_pages() > 0;  // the page that is the newest now may be
     return {};
@@ -224,7 +223,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   /// No more prompt will come. The first append says the same.
   void end_prompt() noexcept {
-    Lender lender{*this};
+    detail::PageLender lender = this->lender();
     Pages::end_prompt(lender);
   }
 
@@ -287,8 +286,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
       Pages::end_step, Pages::logit_map, Pages::observe, Pages::queries_per_selection, Pages::reads_all, Pages::record,
       Pages::select, Pages::select_more, Pages::tap;
 
-  using Pages::head;                                                                        // for attend() alone
-  detail::AttendScratch& attend_scratch(std::size_t kv_head) { return scratch_[kv_head]; }  // for attend() alone
+  /// For attend() alone.
+  detail::AttendedLayer<Policy> attended() noexcept { return {*this, scratch_, detail::PageReader(pool_.memory())}; }
 
  private:
   friend struct detail::ImageAccess;
@@ -321,20 +320,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     return Pool(plan.geometry, traits::page_summary(policy), plan.layer_pages());
   }
 
-  /// Lends the pool's pages to LayerPages.
-  struct Lender {
-    PagedKvCache& cache;
-    PageId acquire() { return cache.pool_.acquire(); }
-    void summarize(PageId page, Slot slot) {
-      auto& [rows, summaries] = cache.pool_.memory();
-      summaries.add_key(page, rows.key_row(page, slot), slot.value == 0);
-    }
-    void release(PageId page) {
-      if (cache.pool_.is_shared(page)) ++cache.evicted_shared_pages_;
-      cache.pool_.release(page);
-    }
-    void release_truncated(PageId page) { cache.pool_.release(page); }
-  };
+  detail::PageLender lender() noexcept { return {pool_, evicted_shared_pages_}; }
 
   Status check_pool(std::size_t tokens) const noexcept {
     if (tokens == 0) return {};
@@ -346,8 +332,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     return {Status::Code::pool_exhausted, wanted, pool_.free_pages()};
   }
   std::size_t pages_wanted(std::size_t tokens) const noexcept {
-    const auto is_shared = [&](PageId page) { return pool_.is_shared(page); };
-    return Pages::pages_wanted(tokens, pool_.shared_pages() > 0, is_shared) + pages_to_copy();
+    return Pages::pages_wanted(tokens, pool_.shared_pages() > 0, detail::IsShared{pool_.ledger()}) + pages_to_copy();
   }
   Status check_pool_for_drafts(std::size_t tokens) const noexcept {
     if (tokens == 0) return {};
@@ -383,7 +368,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
     return cut && pool_.is_shared(Pages::table(kv_head)[*cut].page);
   }
   void settle() {
-    Lender lender{*this};
+    detail::PageLender lender = this->lender();
     Pages::accept_drafts(lender);
     Pages::end_prompt(lender);
   }
@@ -396,7 +381,7 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   template <class Row>
   void store_token(HeadRows<const Row> k, HeadRows<const Row> v) {
-    Lender lender{*this};
+    detail::PageLender lender = this->lender();
     Pages::open_slot(lender);
     store_rows(k, v);
     Pages::add_token();

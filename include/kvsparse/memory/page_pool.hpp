@@ -94,6 +94,7 @@ class PagePool {
   std::size_t shared_pages() const { return shared_->ledger.shared_pages(); }  ///< that several caches hold
   /// How many caches hold the page; 0: it is free.
   std::uint32_t references(PageId page) const { return shared_->ledger.references(page); }
+  const PageLedger& ledger() const { return shared_->ledger; }  ///< who holds what
   /// Whether several caches hold the page.
   bool is_shared(PageId page) const { return shared_->ledger.is_shared(page); }
 
