@@ -47,7 +47,10 @@ struct CacheChoice {
     return budgets;
   }
 
-  std::string_view layer_policy(std::size_t layer) const { return layer < dense_layers ? "dense" : policy; }
+  std::string_view layer_policy(std::size_t layer) const {
+    if (layer < dense_layers) return "dense";
+    return policy;
+  }
   std::span<const kvsparse::OptionSetting> layer_options(std::size_t layer) const {
     if (layer < dense_layers) return {};
     return settings.options;
