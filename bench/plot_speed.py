@@ -86,7 +86,8 @@ def label_ends(axes, ends):
         for (name, colour, _, y), at in zip(group, spread_apart([math.log10(end[3]) for end in group], gap)):
             axes.annotate(name, (x, y), (18, (at - math.log10(y)) / (high - low) * height), va="center", color=colour,
                           textcoords="offset points", fontsize=10.5, annotation_clip=False,
-                          arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": colour, "shrinkA": 1, "shrinkB": 3})
+                          arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": colour, "relpos": (0, 0.5),
+                                      "shrinkA": 1, "shrinkB": 3})
 
 
 def log_ticks(low, high, base):

@@ -7,7 +7,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-from plot_style import BLUE, BROWN, GREEN, GREY, PINK, RED, YELLOW, InputError, finish, legend_below, logarithmic
+from plot_style import GREY, InputError, finish, legend_below, logarithmic
 
 CEILINGS = ("oracle", "clairvoyant")
 FLOOR = "random"
@@ -15,7 +15,8 @@ FLOOR = "random"
 # only selects is dashed.
 LOOKS = {policy: tuple(look[part] for part in ("label", "colour", "marker", "filled"))
          for policy, look in json.loads(pathlib.Path(__file__).with_name("policy_looks.json").read_text()).items()}
-SPARE_LOOKS = tuple((colour, marker, False) for marker in "^v<>" for colour in (RED, BLUE, GREEN, PINK, BROWN, YELLOW))
+# Of a policy that nobody knew: drawn as thick as the ends, in colours that no other has.
+SPARE_LOOKS = tuple((colour, marker, True) for marker in "^v<>" for colour in ("#7B3294", "#B2182B", "#01665E"))
 COLUMNS = ("policy", "budget_tokens", "share", "mean_error", "evicted_tokens")
 
 
@@ -45,19 +46,25 @@ def read_points(path):
     return {name: sorted(points) for name, points in policies.items()}
 
 
-def look_of(policy, number):
-    return LOOKS.get(policy) or (policy, *SPARE_LOOKS[number % len(SPARE_LOOKS)])
+def look_of(policy, policies):
+    if policy in LOOKS:
+        return LOOKS[policy]
+    unknown = [name for name in policies if name not in LOOKS]
+    return policy, *SPARE_LOOKS[unknown.index(policy) % len(SPARE_LOOKS)]
+
+
+def evicts(points):
+    return any(point[3] for point in points)
 
 
 def draw_lines(axes, policies, value):
-    for number, (policy, points) in enumerate(policies.items()):
-        label, colour, marker, filled = look_of(policy, number)
-        marks_an_end = policy in CEILINGS or policy == FLOOR
-        only_selects = not any(point[3] for point in points)
+    for policy, points in policies.items():
+        label, colour, marker, filled = look_of(policy, policies)
+        stands_out = policy in CEILINGS or policy == FLOOR or policy not in LOOKS
         axes.plot([point[0] for point in points], [value(point) for point in points], label=label, color=colour,
                   marker=marker, markersize=9 if marker == "*" else 6, markerfacecolor=colour if filled else "white",
-                  linewidth=2.6 if marks_an_end else 1.3, linestyle="--" if only_selects else "-",
-                  zorder=5 if marks_an_end else 3)
+                  linewidth=2.6 if stands_out else 1.3, linestyle="-" if evicts(points) else "--",
+                  zorder=5 if stands_out else 3)
 
 
 def shade_the_gap(axes, policies, value):
@@ -76,23 +83,33 @@ def sweep(options):
     first = [name for name in (*CEILINGS, FLOOR) if name in policies]
     policies = {name: policies[name] for name in (*first, *(n for n in policies if n not in first))}
     budgets = sorted({point[0] for points in policies.values() for point in points if math.isfinite(point[1])})
-    figure, (kept, error) = plt.subplots(1, 2, figsize=(13, 5.6))
-    for axes, value, name in ((kept, lambda point: 100 * point[1], "dense softmax mass on the tokens read, %"),
-                              (error, lambda point: point[2] or math.nan,  # a logarithm shows no zero
-                               "mean error of a head's output, |out - dense| / |dense|")):
-        draw_lines(axes, policies, value)
-        shade_the_gap(axes, policies, value)
-        logarithmic(axes.xaxis, budgets)
-        axes.set_xlabel("budget: tokens per kv head")
-        axes.set_ylabel(name)
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    kept.set_ylim(0, 101.5)
-    error.set_yscale("log")
-    rows = legend_below(figure, (kept, error), columns=4)
-    note = ("Solid lines evict: the budget is what stays. Dashed lines keep everything: the budget is what a query "
-            "reads of it. A line begins at the first budget that the policy takes. No choice of as many tokens holds "
-            "more mass than Oracle's, no evictor of pages keeps more than the clairvoyant with the same budget for every head; "
-            "grey: from Random to there.")
+    # Two rows of panels, of those that evict and of those that keep everything, each beside the ceilings it has.
+    evictors = {name: points for name, points in policies.items() if evicts(points) or name in first}
+    keepers = {name: points for name, points in policies.items() if not evicts(points)}
+    rows = [(shown, meaning) for shown, meaning in (
+        (evictors, "policies that evict; budget: tokens kept per kv head"),
+        (keepers, "policies that keep everything; budget: tokens read per kv head")) if not shown.keys() <= set(first)]
+    figure, panels = plt.subplots(len(rows), 2, figsize=(13, 4.7 * len(rows)), squeeze=False)
+    for (shown, meaning), (kept, error) in zip(rows, panels):
+        for axes, value, name in ((kept, lambda point: 100 * point[1], "dense softmax mass on the tokens read, %"),
+                                  (error, lambda point: point[2] or math.nan,  # a logarithm shows no zero
+                                   "mean error of a head's output,\n|out - dense| / |dense|")):
+            draw_lines(axes, shown, value)
+            shade_the_gap(axes, shown, value)
+            logarithmic(axes.xaxis, budgets)
+            axes.set_xlabel(meaning)
+            axes.set_ylabel(name)
+            axes.grid(color="#e6e6e6", linewidth=0.8)
+            axes.set_axisbelow(True)
+        kept.set_ylim(0, 101.5)
+        error.set_yscale("log")
+    legend_rows = legend_below(figure, panels.flat, columns=4)
+    note = "A line begins at the first budget that the policy takes."
+    if "oracle" in policies:
+        note += " No choice of as many tokens holds more mass than Oracle's."
+    if "clairvoyant" in policies:
+        note += " No evictor of pages keeps more than the clairvoyant with the same budget for every head."
+    if FLOOR in policies and "clairvoyant" in policies:
+        note += " Grey: from Random to there."
     finish(figure, "Kept and lost of one layer's attention, between the ceilings and the floor",
-           options.output / "sweep.png", legend_rows=rows, note=note, grows=True)
+           options.output / "sweep.png", legend_rows=legend_rows, note=note, grows=True)
