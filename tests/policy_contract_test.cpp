@@ -549,6 +549,25 @@ TEST(PolicyContract, AFullNewestPageOutlivesTheTrimAtPromptEnd) {
   EXPECT_EQ(resident.front(), kvsparse::Position{4});
 }
 
+/// A range of a view that is gone when the loop begins.
+struct GivesUpTheNewest {
+  static constexpr std::string_view name = "gives_up_the_newest";
+  static constexpr PolicyScope scope = PolicyScope::layer;
+  PageIndex victim(LayerView<GivesUpTheNewest> layer) const {
+    PageIndex newest{};
+    for (const PageIndex page : layer.head(0).evictable_pages()) newest = page;
+    return newest;
+  }
+};
+
+TEST(PolicyContract, ARangeOfPagesOutlivesItsView) {
+  CacheConfig config{.query_heads = 2, .kv_heads = 2, .head_dim = 4, .page_size = 1, .budget_tokens = 4};
+  PagedKvCache<GivesUpTheNewest> cache(config);
+  const std::vector<float> row(8, 1.0F);
+  for (int token = 0; token < 10; ++token) ASSERT_TRUE(cache.append(row, row).ok());
+  for (const std::size_t head : {0U, 1U}) EXPECT_EQ(resident(cache, head), (std::vector<std::size_t>{0, 1, 2, 9}));
+}
+
 struct EveryOtherToken {
   static constexpr std::string_view name = "every_other_token";
   static constexpr kvsparse::PolicyGranularity granularity = kvsparse::PolicyGranularity::token;

@@ -135,8 +135,9 @@ class HeadPages {
     using value_type = PageIndex;
     using difference_type = std::ptrdiff_t;
     Iterator() = default;
-    Iterator(const HeadPages* head, std::uint32_t index, bool evictable_only)
-        : head_(head), index_(index), evictable_only_(evictable_only) {
+    /// From `index` up to `end`; if a table is given, without the pages that are pinned in it and without `open`.
+    Iterator(std::uint32_t index, std::uint32_t end, const PageTable* evictable_of, PageIndex open)
+        : index_(index), end_(end), table_(evictable_of), open_(open) {
       skip();
     }
     PageIndex operator*() const { return {index_}; }
@@ -154,11 +155,12 @@ class HeadPages {
 
    private:
     void skip() {
-      while (evictable_only_ && index_ < head_->size() && !head_->is_evictable({index_})) ++index_;
+      while (table_ != nullptr && index_ < end_ && ((*table_)[{index_}].pinned || index_ == open_.value)) ++index_;
     }
-    const HeadPages* head_ = nullptr;
     std::uint32_t index_ = 0;
-    bool evictable_only_ = false;
+    std::uint32_t end_ = 0;
+    const PageTable* table_ = nullptr;
+    PageIndex open_;
   };
   struct Range {
     Iterator first;
@@ -166,10 +168,10 @@ class HeadPages {
     Iterator begin() const { return first; }
     Iterator end() const { return last; }
   };
-  /// All resident pages as PageIndex, oldest first. The range refers to this view.
-  Range pages() const { return range(false); }
-  /// The evictable ones as PageIndex, oldest first. The range refers to this view.
-  Range evictable_pages() const { return range(true); }
+  /// All resident pages as PageIndex, oldest first. The range outlives the view, not the verb.
+  Range pages() const { return range(nullptr); }
+  /// The evictable ones as PageIndex, oldest first. Likewise.
+  Range evictable_pages() const { return range(&table()); }
 
   /// The page with the lowest score(page) among the `oldest` oldest evictable ones (default: all); ties go to the
   /// oldest. Page 0 when none is evictable. O(size()) calls.
@@ -310,8 +312,10 @@ class HeadPages {
     if (size_ == 0) return {};
     return {&table()[{0}], size_};
   }
-  Range range(bool evictable_only) const {
-    return {{this, 0, evictable_only}, {this, static_cast<std::uint32_t>(size_), evictable_only}};
+  Range range(const PageTable* evictable_of) const {
+    const auto end = static_cast<std::uint32_t>(size_);
+    const PageIndex open = has_open_page() ? open_page() : PageIndex{end};
+    return {{0, end, evictable_of, open}, {end, end, evictable_of, open}};
   }
 
   Storage storage_;
