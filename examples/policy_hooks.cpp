@@ -68,12 +68,13 @@ struct PartOfTheWay {
   }
 };
 
-// evidence, observe, PageState: what the kernel saw becomes what the policy remembers of a page.
+// evidence, observe, PageState: what the kernel saw becomes what the policy remembers of a page. A page that no query
+// has read yet is not one that nobody wants.
 struct LowestMass {
   static constexpr std::string_view name = "lowest_mass";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
   struct PageState {
-    float mass = 0;
+    float mass = std::numeric_limits<float>::infinity();
   };
   void observe(HeadView<LowestMass> head, const Evidence& step) const {
     for (const PageIndex page : head.pages()) {
@@ -144,15 +145,31 @@ struct JudgedOnce {
   }
 };
 
-// scope layer, LayerState, on_step_end: all heads of a layer give up the same positions.
+// scope layer, LayerState, on_step_end: all heads of a layer give up the same positions, here those that they agree on
+// least. Scores are summed over the heads; head 0 stands for all where one page index names the same positions.
 struct AllHeadsTogether {
   static constexpr std::string_view name = "all_heads_together";
   static constexpr PolicyScope scope = PolicyScope::layer;
+  static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
+  struct PageState {
+    float mass = std::numeric_limits<float>::infinity();
+  };
   struct LayerState {
     std::uint64_t steps;
   };
+  void observe(HeadView<AllHeadsTogether> head, const Evidence& step) const {
+    for (const PageIndex page : head.pages()) {
+      if (step.visited(page)) head.state(page).mass = step.group_mass(page);
+    }
+  }
   void on_step_end(LayerView<AllHeadsTogether> layer) const { ++layer.layer_state().steps; }
-  PageIndex victim(LayerView<AllHeadsTogether> layer) const { return *layer.head(0).evictable_pages().begin(); }
+  PageIndex victim(LayerView<AllHeadsTogether> layer) const {
+    return layer.head(0).lowest_evictable([&](PageIndex page) {
+      float mass = 0.0F;
+      for (std::size_t h = 0; h < layer.heads(); ++h) mass += layer.head(h).state(page).mass;
+      return mass;
+    });
+  }
 };
 
 // scope shared_budget, budget_floor: heads hold what they need of one budget. HeadPage names the head that gives.
@@ -162,10 +179,12 @@ struct SharesByNeed {
   static constexpr double budget_floor = 0.25;
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
   struct PageState {
-    float mass = 0.0F;
+    float mass = std::numeric_limits<float>::infinity();
   };
   void observe(HeadView<SharesByNeed> head, const Evidence& step) const {
-    for (const PageIndex page : head.pages()) head.state(page).mass = step.group_mass(page);
+    for (const PageIndex page : head.pages()) {
+      if (step.visited(page)) head.state(page).mass = step.group_mass(page);
+    }
   }
   HeadPage victim(LayerView<SharesByNeed> layer) const {
     return layer.lowest_evictable([](const auto& head, PageIndex page) { return head.state(page).mass; });

@@ -40,6 +40,7 @@ enum class Fault {
   holds_a_pointer,
   names_an_option_twice,
   names_an_option_oddly,
+  misspells_victim,
 };
 
 /// Evicts the lowest mass, reads the newest pages, pins the first; and has a fault.
@@ -160,6 +161,29 @@ const std::map<std::string, std::pair<Fault, std::string_view>> faults = {
     {"holds_a_pointer", {Fault::holds_a_pointer, "TheSameInputGivesTheSameDecisions"}},
     {"names_an_option_twice", {Fault::names_an_option_twice, "HasANameAndOptionsThatReadBack"}},
     {"names_an_option_oddly", {Fault::names_an_option_oddly, "HasANameAndOptionsThatReadBack"}},
+    {"misspells_victim", {Fault::misspells_victim, "DecidesIfItWatches"}},
+};
+
+/// This fault takes another type: what it leaves out is a verb.
+struct Misspelt {
+  static constexpr std::string_view name = "misspelt";
+  static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
+  struct Options {
+    Fault fault = Fault::misspells_victim;
+    void visit(auto&&) {}
+  } options;
+  struct PageState {
+    float mass = 0.0F;
+  };
+  void observe(HeadView<Misspelt> head, const Evidence& step) const {
+    for (const PageIndex page : head.pages()) head.state(page).mass = step.group_mass(page);
+  }
+  PageIndex victm(HeadView<Misspelt> head) const {
+    return head.lowest_evictable([&](PageIndex page) { return head.state(page).mass; });
+  }
+};
+struct WithMisspeltVictim {
+  static Misspelt policy() { return {}; }
 };
 
 struct NameOfFault {
@@ -180,7 +204,7 @@ using Faults =
                    With<Fault::reads_nothing>, With<Fault::weighs_by_nan>, With<Fault::writes_in_select>,
                    With<Fault::allocates>, With<Fault::throws>, With<Fault::counts_in_a_global>,
                    With<Fault::counts_in_itself>, With<Fault::knows_the_other_head>, With<Fault::holds_a_pointer>,
-                   With<Fault::names_an_option_twice>, With<Fault::names_an_option_oddly>>;
+                   With<Fault::names_an_option_twice>, With<Fault::names_an_option_oddly>, WithMisspeltVictim>;
 INSTANTIATE_TYPED_TEST_SUITE_P(Faults, PolicyConformance, Faults, NameOfFault);
 
 namespace {

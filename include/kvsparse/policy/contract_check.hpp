@@ -5,7 +5,8 @@
 // before all else. Most sentences end with the line to write.
 //
 //   the sentence says                            because                                          so
-//   the verb ... is called X                     nobody calls that name, however sensible         rename it to X
+//   the verb ... is called X                     nobody calls that name, however sensible; this   rename it to X
+//                                                finds the usual ones, not every slip of a key
 //   X has the wrong signature                    not const, another view, another result          write the line it gives
 //   the trait X has the wrong type               as it stands it would count as absent            write the line it gives
 //   the trait X promises a verb that is missing  the trait alone has no effect                    add the verb, or no trait
@@ -20,7 +21,8 @@
 //   a policy is a copyable class, not final      each cache has its own copy                      no unique_ptr, no final
 //   the first, second part of Compose must ...   an evictor comes first, a selector second        swap them, or take others
 //
-// No such sentence: the error lies in a verb's own body, mostly a HeadView of another policy.
+// P is your policy. No such sentence: the error lies in a verb's own body. Neither: a verb of a name that nobody calls is no
+// error; the conformance suite's DecidesIfItWatches finds a policy that therefore decides nothing.
 //
 // The container's template parameter is left plain on purpose: a constrained one would make the compiler print the concept
 // instead of the sentence.
@@ -119,7 +121,8 @@ struct ContractCheck {
   static_assert(std::is_trivially_copyable_v<PageState<P>> && std::is_trivially_copyable_v<HeadState<P>> &&
                     std::is_trivially_copyable_v<LayerState<P>>,
                 "kvsparse policy: PageState, HeadState and LayerState must be trivially copyable: the container moves, "
-                "forks and saves them as bytes.");
+                "forks and saves them as bytes. Write: arrays of fixed size, as float mass[8]; a verb finds working "
+                "memory in head.scratch().");
 
   // --- near misses: a verb or trait under another name would silently never be called ---
   static_assert(!(has_member_evict<P> || has_member_choose_victim<P> || has_member_select_victim<P> ||
@@ -167,7 +170,9 @@ struct ContractCheck {
 
   // --- wrong signatures ---
   static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::kv_head || HeadEvictor<P>,
-                "kvsparse policy: victim has the wrong signature. Write: PageIndex victim(HeadView<P> head) const;");
+                "kvsparse policy: victim has the wrong signature. Write: PageIndex victim(HeadView<P> head) const; or, "
+                "for PageIndex victim(LayerView<P> layer) const, also: static constexpr PolicyScope scope = "
+                "PolicyScope::layer;");
   static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::layer || LayerEvictor<P>,
                 "kvsparse policy: victim of a layer-scoped policy has the wrong signature. Write: "
                 "PageIndex victim(LayerView<P> layer) const;");
@@ -279,7 +284,7 @@ struct ContractCheck {
   template <class T>
   static constexpr bool promises = has_member_evidence<T>;
   static_assert(!promises<P> || has_member_observe<P>,
-                "kvsparse policy: the trait evidence promises a verb that is missing. Write: "
+                "kvsparse policy: the trait evidence promises a verb that is missing. Misspelt, or else write: "
                 "void observe(HeadView<P> head, const Evidence& evidence) const; or remove the trait.");
   static_assert(promises<P> || !has_member_observe<P>,
                 "kvsparse policy: observe needs evidence. Write: "

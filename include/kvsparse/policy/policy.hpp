@@ -15,7 +15,8 @@
 //                                      and bool preset(std::string_view) with static constexpr std::string_view presets = "a|b".
 //                                      Of an enum E the policy has static constexpr std::string_view names_of(E): "a|b" again.
 //
-// Verbs: H is HeadView<P> head, L is LayerView<P> layer, of the policy P
+// Verbs: H is HeadView<P> head, L is LayerView<P> layer, of the policy P. A token: victim, on_page_open, on_append,
+// on_page_full. A query: select, select_more, residual, observe for each head; then on_step_end.
 //   verb                               called                                           may                      absent
 //   on_page_open(H, PageIndex)         a page was opened, still empty                   write state              -
 //   on_append(H, PageIndex, Slot)      a token was stored                               write state              -
@@ -72,6 +73,8 @@
 //                                                        Needs the model's rope; one thread reads a head
 //
 // A victim is looked for while no page is open; the page filled last is an ordinary one. Evictable: neither pinned nor open.
+// A chunk of a prompt is stored, victims and all, before its queries attend: victim meets pages that no query has seen, in the
+// state they were opened with. To see a long prompt token by token a policy is fed chunks of one token, or pins the prompt.
 // Of a page that a query did not read nothing is known, which is not zero: what a policy noted of it (a stamp, a last mass, a
 // sum) stays as it was. Ages and decays go on. A mass is a share of what was read, so it is larger the more is left unread.
 // With an executor, verbs of different heads run at the same time; those of one head never do, those that take L run alone.
@@ -86,16 +89,16 @@
 //              lowest_evictable(score), ties to the oldest; visit_highest_evictable(scores, count, visit); evictions()
 //              load_key(page, slot, row), load_value, load_mean_key, load_bounds, upper_bounds, recent_queries(age)
 //              scratch(): floats to work with, where another program would allocate
-//   L          heads(), head(kv_head), which is an H; layer_state(). Heads that share a budget: may_give(H), lowest_evictable
-//   Evidence   visited(page), group_mass(page), peak_mass(page), mass(page, query), log_sum_exp(query), position(), is_prompt()
+//   L          heads(), head(kv_head), an H, O(1); layer_state(). Scope layer: one page index is the same positions in each head,
+//              its state each head's own. Heads that share a budget: may_give(H), lowest_evictable
+//   Evidence   visited(page), mass(page, query head of the group), group_mass(page): their sum, peak_mass(page): the largest,
+//              log_sum_exp(query head), position(), is_prompt()
 //   Selection  add(page), add({page, token mask, weights}), add_highest(scores, count), contains(page)
 //   PageList   add(page)
 //
-// Where to start from: the header in policy/ that uses what you need. observe: H2o, Raas, Lrfu; for all heads together Tova,
-// AdaKv. Keys and values as they come: KeyNorm, ValueAware. trim: LazyEviction; by votes of recent queries SnapKv, RKv.
-// on_evict with weights: Clustered; with residual: StreamingSketch. select: Quest, HierarchicalTopK; tokens of a page:
-// HashAttention; by a threshold: HalfSpace; select_more: Certified.
-//
+// Where to start from in policy/: observe H2o, Raas, Lrfu; one victim for all heads Tova, one budget AdaKv. Keys and values as
+// they come KeyNorm, ValueAware. trim LazyEviction; votes of recent queries SnapKv, RKv. on_evict with weights Clustered, with
+// residual StreamingSketch. select Quest, HierarchicalTopK; tokens HashAttention; a threshold HalfSpace; select_more Certified.
 // Token-level papers are exact at page_size 1; at larger pages a page's score is the summed mass of its tokens.
 // clang-format on
 #pragma once

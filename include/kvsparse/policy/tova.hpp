@@ -6,6 +6,8 @@
 // one being filled. A page that a query did not read keeps the mass of the last query that did.
 #pragma once
 
+#include <limits>
+
 #include "policy.hpp"
 
 namespace kvsparse {
@@ -21,7 +23,8 @@ struct Tova {
   } options;
 
   struct PageState {
-    float mass = 0.0F;  // summed over the group, at the latest query that read the page
+    // Summed over the group, at the latest query that read the page; until one did, nothing speaks against it.
+    float mass = std::numeric_limits<float>::infinity();
   };
 
   bool pin_prompt() const { return options.pin_prompt; }

@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "../interop/snapshot.hpp"
+#include "../policy/contract_check.hpp"
 #include "../policy/dense.hpp"
 #include "policy_course.hpp"
 
@@ -40,6 +41,7 @@ class PolicyConformance : public ::testing::Test {
  protected:
   using Subject = conformance::Subject<T>;
   using Policy = typename Subject::Policy;
+  static constexpr detail::ContractCheck<Policy> contract{};  // its sentences before all other errors
   using Course = conformance::Course<Policy, typename Subject::Key, typename Subject::Value>;
   using Cache = typename Course::Cache;
   using Rule = conformance::Rule;
@@ -141,6 +143,16 @@ TYPED_TEST_P(PolicyConformance, HasANameAndOptionsThatReadBack) {
     EXPECT_TRUE(set_option(other, {"preset", preset}));
     EXPECT_EQ(traits::options_problem(other), "") << "preset " << preset;
   }
+}
+
+/// A verb under a name that nobody calls is no error, and under it everything is kept and read.
+TYPED_TEST_P(PolicyConformance, DecidesIfItWatches) {
+  using P = typename conformance::Subject<TypeParam>::Policy;
+  constexpr bool decides = Evictor<P> || Selector<P>;
+  constexpr bool watches =
+      Observer<P> || AppendListener<P> || PageOpenListener<P> || PageFullListener<P> || !std::is_empty_v<PageState<P>>;
+  EXPECT_TRUE(decides || !watches) << "policy " << P::name << " has neither victim nor select, so all is kept and "
+                                   << "read as under Dense: is the name of a verb misspelt?";
 }
 
 TYPED_TEST_P(PolicyConformance, TheBudgetAndThePinsHold) {
@@ -378,8 +390,8 @@ TYPED_TEST_P(PolicyConformance, RowsThatHoldNoNumbersBreakNothing) {
   });
 }
 
-REGISTER_TYPED_TEST_SUITE_P(PolicyConformance, HasANameAndOptionsThatReadBack, TheBudgetAndThePinsHold,
-                            ALongPromptIsRefusedOrKeepsTheBudget, ReadsWithinTheReadBudget,
+REGISTER_TYPED_TEST_SUITE_P(PolicyConformance, HasANameAndOptionsThatReadBack, DecidesIfItWatches,
+                            TheBudgetAndThePinsHold, ALongPromptIsRefusedOrKeepsTheBudget, ReadsWithinTheReadBudget,
                             VerbsThatOnlyLookWriteNoState, VerbsThrowNothing, VerbsAllocateNothing,
                             TheSameInputGivesTheSameDecisions, AClearedCacheIsANewOne, ACopyGoesOnByItself,
                             AForkGoesOnByItself, RejectedDraftsLeaveNoTrace, TokensTakenBackLeaveNoTrace,

@@ -92,14 +92,15 @@ struct ReplayRow {
   double share = 0.0;              ///< of the dense softmax, on the tokens read
   double mean_error = 0.0;         ///< |out - dense| / |dense|
   std::size_t evicted_tokens = 0;  ///< summed over the kv heads
-  std::string
-      refused;  ///< why the policy does not take the budget, or the prompt under it; the numbers mean nothing then
+  /// Why the policy does not take the budget, or the prompt under it; the numbers mean nothing then.
+  std::string refused;
 };
 
 /// The layer under a policy, token by token. budget: what an evictor keeps, or a selector reads, of each kv head. Keys
 /// and values are f32. O(tokens^2).
 template <class Policy>
 ReplayRow replay(const LayerTrace& layer, std::size_t budget, std::size_t page_size, const Policy& policy = {}) {
+  [[maybe_unused]] constexpr detail::ContractCheck<Policy> contract{};  // its sentences before all other errors
   ReplayRow row{std::string(Policy::name), budget, 0.0, 0.0, 0, {}};
   if (layer.prompt_tokens >= layer.tokens) {
     row.refused = "a prompt of " + std::to_string(layer.prompt_tokens) + " tokens leaves none of " +
