@@ -101,19 +101,28 @@ TEST(CompressionBarrier, WhoKeepsEverythingFindsEveryPosition) {
   }
 }
 
-// The barrier is one of memory, not of reading: Quest reads a fifth of the tokens, and a proof takes a third.
-TEST(CompressionBarrier, FindsThemReadingFewTokens) {
-  const Stream stream(1);
-  for (const std::string policy : {"quest", "certified"}) {
-    kvsparse::AnyCache cache = cache_of(policy);
-    for (std::size_t t = 0; t < tokens; ++t) {
-      ASSERT_TRUE(cache.append(Stream::row(stream.k, t), Stream::row(stream.v, t)).ok());
-    }
-    std::vector<float> q(Stream::row(stream.k, 100).begin(), Stream::row(stream.k, 100).end());
+/// Tokens read by the queries that find a position, on average over all positions.
+double mean_tokens_read(const std::string& policy, const Stream& stream) {
+  kvsparse::AnyCache cache = cache_of(policy);
+  for (std::size_t t = 0; t < tokens; ++t) {
+    EXPECT_TRUE(cache.append(Stream::row(stream.k, t), Stream::row(stream.v, t)).ok());
+  }
+  std::size_t read = 0;
+  for (std::size_t planted = prompt; planted < tokens / 2; ++planted) {
+    std::vector<float> q(Stream::row(stream.k, planted).begin(), Stream::row(stream.k, planted).end());
     for (float& element : q) element *= sharpness;
     std::vector<float> out(dim);
-    ASSERT_TRUE(cache.attend(q, out).ok());
-    EXPECT_LE(cache.stats().last_read_tokens, policy == "quest" ? budget : 2 * budget) << policy;
+    EXPECT_TRUE(cache.attend(q, out).ok());
+    read += cache.stats().last_read_tokens;
+  }
+  return static_cast<double>(read) / askable;
+}
+
+// The barrier is one of memory, not of reading: Quest reads a fifth of the tokens, and a proof takes two fifths.
+TEST(CompressionBarrier, FindsThemReadingFewTokens) {
+  for (const std::uint64_t seed : {1U, 2U, 3U}) {
+    EXPECT_EQ(mean_tokens_read("quest", Stream(seed)), tokens / 5.0);
+    EXPECT_NEAR(mean_tokens_read("certified", Stream(seed)), tokens * 0.4, tokens * 0.05);
   }
 }
 
