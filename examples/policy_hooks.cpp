@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every hook of the policy contract in a policy of a few lines: copy the one that is nearest to yours. None of them is
 // good; what each hook may do and when it is called stands in policy/policy.hpp. The program decodes 200 tokens under
-// each, with 64 to keep or to read.
+// each, with budgets of 64 to keep and to read.
 #include <kvsparse/kvsparse.hpp>
 
 #include <algorithm>
