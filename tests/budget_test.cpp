@@ -353,7 +353,7 @@ TEST(Configuration, EveryBadNumberIsRefusedWithTheValueAndTheLimit) {
        "max_tokens is 0; policy quest keeps every token and needs to know how many to make room for"},
       {"dense", &CacheConfig::max_tokens, ~std::size_t{0}, "a configured size of 18446744073709551615 exceeds 2^40"},
       {"dense", &CacheConfig::max_tokens, std::size_t{1} << 36,
-       "17179869184 pages for each of 2 kv heads exceed the limit of 2^31"},
+       "17179869184 pages for each of 2 kv heads exceed the limit of 2^31 - 1"},
       {"raas", &CacheConfig::budget_tokens, 0,
        "budget_tokens = 0 holds no page of 4 tokens; policy raas needs at least one page"},
       {"raas", &CacheConfig::budget_tokens, 3,
@@ -381,7 +381,7 @@ TEST(Configuration, PagesBeyondWhatCanBeCountedAreRefused) {
     config.budget_tokens = config.max_tokens = pages;
     for (const std::string policy : {"dense", "raas", "ada_kv", "quest"}) {
       EXPECT_EQ(refusal(policy, config),
-                std::to_string(pages) + " pages for each of 1048576 kv heads exceed the limit of 2^31")
+                std::to_string(pages) + " pages for each of 1048576 kv heads exceed the limit of 2^31 - 1")
           << policy;
     }
   }

@@ -50,6 +50,41 @@ std::string broken_by(Mistake&& mistake) {
 
 // --- containers -----------------------------------------------------------------------------------------------------
 
+/// Keeps as many queries as there may be.
+struct LongMemory {
+  static constexpr std::string_view name = "long_memory";
+  static constexpr std::size_t query_window = largest_size;
+  PageIndex victim(HeadView<LongMemory> head) const { return *head.evictable_pages().begin(); }
+};
+
+template <class Layer>
+void expect_to_be_too_large(const CacheConfig& config) {
+  const auto expect_refusal = [](auto&& make) {
+    try {
+      make();
+      ADD_FAILURE() << "not refused";
+    } catch (const ConfigError& error) {
+      EXPECT_NE(std::string_view(error.what()).find("bytes that can be addressed"), std::string_view::npos)
+          << error.what();
+    }
+  };
+  expect_refusal([&] { const Layer layer(config); });
+  expect_refusal([&] { static_cast<void>(Layer::bytes_required(config)); });
+}
+
+TEST(Misuse, OfMoreMemoryThanCanBeAddressed) {
+  CacheConfig config;
+  config.query_heads = config.head_dim = most_channels;
+  config.page_size = 16;
+  config.budget_tokens = 64;
+  expect_to_be_too_large<LayerPages<LongMemory>>(config);  // products that a policy's trait makes too large
+  expect_to_be_too_large<PagedKvCache<LongMemory>>(config);
+  config.max_speculative = largest_size >> 10;  // and those that drafts do
+  expect_to_be_too_large<LayerDrafts<Raas>>(config);
+  expect_to_be_too_large<PagedKvCache<Raas, Half, Int8>>(config);
+  expect_to_be_too_large<PagedKvCache<Compose<H2o, Quest>>>(config);
+}
+
 TEST(Misuse, OfAPageLedger) {
   EXPECT_EQ(broken_by([] { PageLedger(3, 2); }), "pages % heads == 0");
   PageLedger ledger(2);

@@ -7,6 +7,7 @@
 
 #include "kvsparse/core/geometry.hpp"
 #include "kvsparse/core/ids.hpp"
+#include "kvsparse/core/saturating_size.hpp"
 
 namespace kvsparse {
 namespace {
@@ -54,6 +55,29 @@ TEST(Geometry, PageBoundariesAreHalfOpen) {
       EXPECT_EQ(geometry.pages_for(static_cast<std::size_t>(first.value) + 1), static_cast<std::size_t>(page + 1));
     }
   }
+}
+
+TEST(Sizes, SumsAndProductsAreExactOrTheLargest) {
+  constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+  constexpr int bits = std::numeric_limits<std::size_t>::digits;
+  const auto power = [](int exponent) { return std::size_t{1} << exponent; };
+  for (int i = 0; i < bits; ++i) {
+    for (int j = 0; j < bits; ++j) {
+      const SaturatingSize a = power(i), b = power(j);
+      EXPECT_EQ(a * b, i + j < bits ? power(i + j) : most) << i << " " << j;
+      EXPECT_EQ(a * power(j), a * b);
+      EXPECT_EQ(power(i) * b, a * b);
+      const bool sum_wraps = i == bits - 1 && j == bits - 1;
+      EXPECT_EQ(a + b, sum_wraps ? most : power(i) + power(j)) << i << " " << j;
+      EXPECT_EQ(a + power(j), a + b);
+    }
+    EXPECT_EQ(SaturatingSize(most - power(i)) + power(i), most);
+    EXPECT_EQ(SaturatingSize(most - power(i)) + (power(i) + 1), most);
+    EXPECT_EQ(SaturatingSize(most) * power(i) + power(i), most);
+    EXPECT_EQ(SaturatingSize(most / power(i)) * power(i), most - (power(i) - 1));
+  }
+  EXPECT_EQ(SaturatingSize() * most, 0U);
+  EXPECT_EQ(SaturatingSize(most) * std::size_t{0}, 0U);
 }
 
 TEST(Geometry, PositionsBeyond32BitsKeepTheirPageAndSlot) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <set>
+#include <string>
 #include <vector>
 
 namespace kvsparse {
@@ -135,6 +136,35 @@ TEST(PagePool, IsNeverLargerThanTheBytesItMayHave) {
   EXPECT_THROW(PagePool<Half>(two_heads, PageSummary::none, 0), ConfigError);
   EXPECT_THROW(PagePool<Half>(Geometry{1, 1, 0, 4}, PageSummary::none, 1), ConfigError);
   EXPECT_THROW(PagePool<Half>::of_bytes(Geometry{1, 0, 8, 4}, PageSummary::none, 1000), ConfigError);
+}
+
+TEST(PagePool, OfShapesAndSizesThatDoNotFitIsRefused) {
+  const auto refusal = [](const Geometry& shape, std::size_t pages) -> std::string {
+    try {
+      static_cast<void>(PagePool<float>(shape, PageSummary::none, pages));
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "not refused";
+  };
+  constexpr std::size_t too_wide = (std::size_t{1} << 20) + 1;
+  EXPECT_EQ(refusal({1, 1, 8, 257}, 1), "a pool's page_size = 257 exceeds 256");
+  for (const Geometry& wide :
+       {Geometry{1, 1, too_wide, 4}, Geometry{1, too_wide, 8, 4}, Geometry{1, 1, 8, 4, too_wide}}) {
+    EXPECT_EQ(refusal(wide, 1), "a pool's kv_heads, head_dim and value_dim are at most 2^20, not 1048577");
+    EXPECT_THROW(PagePool<float>::of_bytes(wide, PageSummary::none, 1000), ConfigError);
+  }
+  EXPECT_EQ(refusal({1, 1, 8, 4}, std::size_t{1} << 31), "2147483648 pages exceed the limit of 2^31 - 1");
+  // 2^13 pages of 2^19 bytes: where sizes have 32 bits the product would wrap to nothing.
+  constexpr Geometry wide{1, 1, std::size_t{1} << 12, 16};
+  constexpr std::size_t pages = std::size_t{1} << 13;
+  if (sizeof(std::size_t) > 4) {
+    EXPECT_GT(PagePool<float>::bytes_required(wide, PageSummary::none, pages) >> 16 >> 16, 0U);
+  } else {
+    const std::string sentence = "8192 pages of 524296 bytes exceed the 2^31 - 1 that can be addressed";
+    EXPECT_EQ(refusal(wide, pages), sentence);
+    EXPECT_THROW(PagePool<float>::bytes_required(wide, PageSummary::none, pages), ConfigError);
+  }
 }
 
 template <class Scalar>

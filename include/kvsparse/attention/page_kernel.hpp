@@ -18,8 +18,6 @@
 
 namespace kvsparse {
 
-/// Tokens of a page at most: what the kernel has room for on its stack.
-inline constexpr std::size_t max_page_size = 256;
 /// Queries and accumulators are padded with zeros to a multiple of this many floats, whatever the target's vectors are.
 inline constexpr std::size_t query_padding = 16;
 

@@ -10,6 +10,7 @@
 
 #include "../attention/page_kernel.hpp"
 #include "../core/geometry.hpp"
+#include "../core/saturating_size.hpp"
 #include "../core/softmax_state.hpp"
 #include "../core/views.hpp"
 
@@ -42,13 +43,14 @@ class AttendScratch {
         group_(group),
         value_row_(value_row),
         states_(elements(pages, page_size, group, state_gap)),
-        accumulators_(elements(pages, page_size, group * value_row, accumulator_gap)) {}
+        accumulators_(elements(pages, page_size, SaturatingSize(group) * value_row, accumulator_gap)) {}
 
   /// Bytes that construction allocates for a head of at most `pages` pages.
-  static constexpr std::size_t bytes_required(std::size_t pages, std::size_t page_size, std::size_t group,
-                                              std::size_t row, std::size_t value_row) {
-    return sizeof(float) * (group * row + elements(pages, page_size, group * value_row, accumulator_gap)) +
-           sizeof(SoftmaxState) * elements(pages, page_size, group, state_gap);
+  static constexpr SaturatingSize bytes_required(std::size_t pages, std::size_t page_size, std::size_t group,
+                                                 std::size_t row, std::size_t value_row) {
+    const SaturatingSize queries = SaturatingSize(group) * row, values = SaturatingSize(group) * value_row;
+    return (queries + elements(pages, page_size, values, accumulator_gap)) * sizeof(float) +
+           elements(pages, page_size, group, state_gap) * sizeof(SoftmaxState);
   }
 
   /// Ranges of a list of so many reads.
@@ -83,9 +85,11 @@ class AttendScratch {
   static constexpr std::size_t pages_of_range(std::size_t page_size) {
     return page_size < range_tokens ? range_tokens / page_size : 1;
   }
-  static constexpr std::size_t elements(std::size_t pages, std::size_t page_size, std::size_t of_range,
-                                        std::size_t gap) {
-    return divide_up(pages, pages_of_range(page_size)) * (of_range + gap) - gap;
+  /// The last range is followed by no gap.
+  static constexpr SaturatingSize elements(std::size_t pages, std::size_t page_size, SaturatingSize of_range,
+                                           std::size_t gap) {
+    const std::size_t ranges = divide_up(pages, pages_of_range(page_size));
+    return of_range * ranges + gap * (ranges - 1);
   }
 
   std::size_t group_;

@@ -13,6 +13,7 @@
 #include "../core/geometry.hpp"
 #include "../core/logit_options.hpp"
 #include "../core/rope.hpp"
+#include "../core/saturating_size.hpp"
 #include "../core/status.hpp"
 #include "../memory/page_rows.hpp"
 #include "../policy/policy.hpp"
@@ -111,6 +112,16 @@ inline std::string quoted(std::size_t value) { return std::to_string(value); }
 
 [[noreturn]] inline void refuse(const std::string& sentence) { KVSPARSE_THROW(ConfigError(sentence)); }
 
+/// The bytes that a cache of the plan takes beside its pages. Throws ConfigError if they cannot be addressed.
+inline std::size_t addressable(SaturatingSize bytes, const CachePlan& plan) {
+  if (bytes <= most_bytes) return bytes;
+  refuse("tables, state and scratch of " + quoted(plan.geometry.kv_heads) + " kv heads and " +
+         quoted(plan.geometry.query_heads) + " query heads of " + quoted(plan.geometry.head_dim) +
+         " elements, for up to " + quoted(plan.table_pages()) + " pages of " + quoted(plan.geometry.page_size) +
+         " tokens a head and max_speculative = " + quoted(plan.max_speculative) + ", exceed the " + most_bytes_text +
+         " bytes that can be addressed");
+}
+
 /// Throws ConfigError with a sentence that names the value and the limit.
 template <class Policy>
 CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
@@ -129,7 +140,6 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
         config.max_tokens, config.max_prompt_tokens, config.min_decode_tokens, config.max_speculative}) {
     if (value > largest_size) refuse("a configured size of " + quoted(value) + " exceeds " + largest_size_text);
   }
-  constexpr std::size_t most_channels = std::size_t{1} << 20;
   if (config.query_heads > most_channels) refuse("query_heads = " + quoted(config.query_heads) + " exceeds 2^20");
   if (config.head_dim > most_channels) refuse("head_dim = " + quoted(config.head_dim) + " exceeds 2^20");
   if (config.value_dim > most_channels) refuse("value_dim = " + quoted(config.value_dim) + " exceeds 2^20");
@@ -201,11 +211,10 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
     }
     plan.read_pages = read / config.page_size;
   }
-  // By quotients: a product of what was configured may wrap.
-  const std::size_t most_pages = std::numeric_limits<std::uint32_t>::max() / 2 / config.kv_heads;
   const auto require_room = [&](std::size_t pages) {
-    if (pages > most_pages) {
-      refuse(quoted(pages) + " pages for each of " + quoted(config.kv_heads) + " kv heads exceed the limit of 2^31");
+    if (SaturatingSize(pages) * config.kv_heads > most_pages) {
+      refuse(quoted(pages) + " pages for each of " + quoted(config.kv_heads) +
+             " kv heads exceed the limit of 2^31 - 1");
     }
   };
   require_room(plan.page_capacity);
@@ -224,6 +233,13 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
   plan.spare_pages = Evictor<Policy> ? plan.draft_pages : 0;
   require_room(plan.table_pages());
   return plan;
+}
+
+/// The plan of a Layer, before anything is allocated. Throws ConfigError as plan_cache and Layer::bytes_required do.
+template <class Layer, class Policy>
+CachePlan plan_layer(const CacheConfig& config, const Policy& policy) {
+  static_cast<void>(Layer::bytes_required(config, policy));
+  return plan_cache(config, policy);
 }
 
 }  // namespace detail

@@ -34,24 +34,27 @@ class DraftJournal {
       queries = plan.journal_queries();
       page_states = head.page_states;
       window = head.query_window;
-      query = Observer<Policy> || head.query_window > 0 ? head.group * plan.geometry.head_dim : 0;
+      const bool asks = Observer<Policy> || traits::query_window(policy) > 0;
+      query = asks ? SaturatingSize(head.group) * plan.geometry.head_dim : SaturatingSize();
       mass = head.mass;
       token_mass = head.token_mass;
       token_weights = head.token_weights;
       log_sum_exp = head.group;
       drafts = plan.draft_pages + 1;
     }
-    std::size_t queries, page_states, window, query, mass, token_mass, token_weights, log_sum_exp, drafts;
-    std::size_t floats() const { return query + mass + token_mass + token_weights + log_sum_exp; }
+    std::size_t queries, page_states, log_sum_exp, drafts;
+    SaturatingSize window, query, mass, token_mass, token_weights;
+    SaturatingSize floats() const { return query + mass + token_mass + token_weights + log_sum_exp; }
   };
 
  public:
   DraftJournal(const CachePlan& plan, const Policy& policy) : DraftJournal(Sizes(plan, policy)) {}
 
-  static std::size_t bytes_required(const CachePlan& plan, const Policy& policy) {
+  static SaturatingSize bytes_required(const CachePlan& plan, const Policy& policy) {
     const Sizes n(plan, policy);
-    return n.page_states * sizeof(PageState<Policy>) + sizeof(float) * (n.window + n.queries * n.floats()) +
-           n.queries * sizeof(JournalEntry) + n.drafts * sizeof(ResidentPage);
+    return SaturatingSize(n.page_states) * sizeof(PageState<Policy>) +
+           (n.window + n.floats() * n.queries) * sizeof(float) + SaturatingSize(n.queries) * sizeof(JournalEntry) +
+           SaturatingSize(n.drafts) * sizeof(ResidentPage);
   }
 
   bool is_full() const { return count_ == entries_.size(); }
@@ -118,7 +121,7 @@ class DraftJournal {
       : sizes_(n),
         page_states_(n.page_states),
         window_(n.window),
-        floats_(n.queries * n.floats()),
+        floats_(n.floats() * n.queries),
         entries_(n.queries),
         drafted_(n.drafts) {}
 

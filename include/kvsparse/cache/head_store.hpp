@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../attention/page_kernel.hpp"
+#include "../core/saturating_size.hpp"
 #include "../memory/page_table.hpp"
 #include "../policy/policy.hpp"
 #include "attend_scratch.hpp"
@@ -23,8 +24,8 @@ namespace kvsparse::detail {
 
 /// For each array of a head: how many elements it has. Allocation and bytes_required both read it here.
 struct HeadSizes {
-  std::size_t pages, group, row, value_row, page_states, selected, masks, trimmed, mass, tap, token_mass, token_weights,
-      scratch, padded_queries, query_window;
+  std::size_t pages, group, row, value_row, page_states, selected, trimmed;
+  SaturatingSize masks, mass, tap, token_mass, token_weights, scratch, padded_queries, query_window;
 
   template <class Policy>
   HeadSizes(const CachePlan& plan, const Policy& policy) {
@@ -38,20 +39,22 @@ struct HeadSizes {
     value_row = round_up(geometry.dim_of_values(), query_padding);
     page_states = std::is_empty_v<PageState<Policy>> ? 0 : pages;
     selected = Selector<Policy> ? pages : 0;
-    masks = tokens ? pages * divide_up(geometry.page_size, 64) : 0;
     trimmed = Trimmer<Policy> ? pages : 0;
-    mass = kinds == EvidenceKind::none ? 0 : pages * group;
-    tap = mass == 0 ? 0 : pages * std::max(group, tile_queries) + query_padding;
-    token_mass = asks_for(kinds, EvidenceKind::largest_token_mass) ? mass : 0;
-    token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : 0;
+    constexpr SaturatingSize none;
+    const SaturatingSize all_pages = pages;
+    masks = tokens ? all_pages * divide_up(geometry.page_size, 64) : none;
+    mass = kinds == EvidenceKind::none ? none : all_pages * group;
+    tap = kinds == EvidenceKind::none ? none : all_pages * std::max(group, tile_queries) + query_padding;
+    token_mass = asks_for(kinds, EvidenceKind::largest_token_mass) ? mass : none;
+    token_weights = asks_for(kinds, EvidenceKind::token_weights) ? mass * geometry.page_size : none;
     const bool decides = Selector<Policy> || Observer<Policy> || Evictor<Policy>;
     const bool scores_tokens = tokens || Trimmer<Policy>;
     const std::size_t longer_row = std::max(geometry.head_dim, geometry.dim_of_values());
-    scratch = decides
-                  ? pages * (group + 3) + 2 * longer_row + group + (scores_tokens ? 2 * pages * geometry.page_size : 0)
-                  : 0;
-    padded_queries = bounds ? 2 * group * row : 0;
-    query_window = traits::query_window(policy) * group * geometry.head_dim;
+    const SaturatingSize token_scores = scores_tokens ? all_pages * geometry.page_size * std::size_t{2} : none;
+    scratch = decides ? all_pages * (group + 3) + (2 * longer_row + group) + token_scores : none;
+    const SaturatingSize queries = SaturatingSize(group) * row;
+    padded_queries = bounds ? queries * std::size_t{2} : none;
+    query_window = SaturatingSize(traits::query_window(policy)) * group * geometry.head_dim;
   }
 };
 
@@ -62,14 +65,15 @@ struct HeadStore {
   HeadStore(const CachePlan& plan, const Policy& policy)
       : HeadStore(HeadSizes(plan, policy), plan.geometry.page_size) {}
 
-  static std::size_t bytes_required(const CachePlan& plan, const Policy& policy) {
+  static SaturatingSize bytes_required(const CachePlan& plan, const Policy& policy) {
     const HeadSizes n(plan, policy);
-    const bool tokens = n.masks > 0;
-    return n.pages * (sizeof(ResidentPage) + sizeof(PageRead) + 1) + n.page_states * sizeof(PageState<Policy>) +
+    const bool tokens = n.masks > std::size_t{0};
+    const SaturatingSize floats = n.mass + n.tap + n.tap + n.token_mass + n.token_weights + n.token_weights +
+                                  n.scratch + n.padded_queries + n.query_window + n.group;
+    return SaturatingSize(n.pages) * (sizeof(ResidentPage) + sizeof(PageRead) + 1) +
+           SaturatingSize(n.page_states) * sizeof(PageState<Policy>) +
            Selection::bytes_required(n.selected, plan.geometry.page_size, tokens) + n.masks * sizeof(std::uint64_t) +
-           n.trimmed * sizeof(PageIndex) +
-           sizeof(float) * (n.mass + 2 * n.tap + n.token_mass + 2 * n.token_weights + n.scratch + n.padded_queries +
-                            n.query_window + n.group);
+           SaturatingSize(n.trimmed) * sizeof(PageIndex) + floats * sizeof(float);
   }
 
   // --- pages ---

@@ -46,15 +46,16 @@ class LayerDrafts : public LayerPages<Policy> {
   /// As LayerPages; the journals of max_speculative drafts beside it.
   explicit LayerDrafts(const CacheConfig& config, const Policy& policy = {}, const RowAccess& rows = {},
                        const void* store = nullptr)
-      : LayerDrafts(config, policy, detail::plan_cache(config, policy), rows, store) {}
+      : LayerDrafts(config, policy, detail::plan_layer<LayerDrafts>(config, policy), rows, store) {}
 
   /// Bytes that construction allocates. Throws ConfigError like the constructor.
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    const std::size_t journal =
-        config.max_speculative == 0 ? 0 : sizeof(Journal) + Journal::bytes_required(plan, policy);
-    return Pages::bytes_required(config, policy) + plan.geometry.kv_heads * journal +
-           (config.max_speculative == 0 ? 0 : plan.journal_queries() * sizeof(Position));
+    const SaturatingSize pages = Pages::bytes_required(config, policy);
+    if (config.max_speculative == 0) return pages;
+    const SaturatingSize journal = Journal::bytes_required(plan, policy) + sizeof(Journal);
+    return detail::addressable(
+        pages + journal * plan.geometry.kv_heads + SaturatingSize(plan.journal_queries()) * sizeof(Position), plan);
   }
 
   /// Tokens that truncate() may still take back whatever the policy.

@@ -37,13 +37,14 @@ class LayerPages : public LayerHeads<Policy> {
   /// Allocates everything it will ever use. Throws ConfigError. store: what the functions of `rows` take first.
   explicit LayerPages(const CacheConfig& config, const Policy& policy = {}, const RowAccess& rows = {},
                       const void* store = nullptr)
-      : LayerPages(config, policy, detail::plan_cache(config, policy), rows, store) {}
+      : LayerPages(config, policy, detail::plan_layer<LayerPages>(config, policy), rows, store) {}
 
   /// Bytes that construction allocates. Throws ConfigError like the constructor.
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    return plan.geometry.kv_heads * (sizeof(Head) + Head::bytes_required(plan, policy)) +
-           config.logits.bytes_required() + RopeRotation::bytes_required(config.rope, config.head_dim);
+    const SaturatingSize heads = (Head::bytes_required(plan, policy) + sizeof(Head)) * plan.geometry.kv_heads;
+    const std::size_t rope = RopeRotation::bytes_required(config.rope, config.head_dim);
+    return detail::addressable(heads + config.logits.bytes_required() + rope, plan);
   }
 
   // --- growing ---

@@ -41,11 +41,11 @@ class PagedKvCache : private LayerDrafts<Policy> {
 
   /// Allocates everything the cache will ever use, pages included: bytes_required(config, policy). Throws ConfigError.
   explicit PagedKvCache(const CacheConfig& config, Policy policy = {})
-      : PagedKvCache(config, policy, detail::plan_cache(config, policy)) {}
+      : PagedKvCache(config, policy, plan_of(config, policy)) {}
   /// The same over pages of a pool that other caches may use too; allocates bytes_required_beside_pool(config, policy).
   /// Throws ConfigError, also if the pool's geometry or summaries are not what the cache needs.
   PagedKvCache(const CacheConfig& config, const Pool& pool, Policy policy = {})
-      : PagedKvCache(config, policy, detail::plan_cache(config, policy), pool) {}
+      : PagedKvCache(config, policy, plan_of(config, policy), pool) {}
 
   /// A cache with the same pages, policy state and all, in a pool of its own: takes bytes_required(config, policy). Of
   /// a copy or a fork, read_positions() is empty until the next attend.
@@ -90,9 +90,10 @@ class PagedKvCache : private LayerDrafts<Policy> {
   static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
     const detail::HeadSizes n(plan, policy);
-    const std::size_t scratch =
-        detail::AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row, n.value_row);
-    return Pages::bytes_required(config, policy) + plan.geometry.kv_heads * (sizeof(detail::AttendScratch) + scratch);
+    const SaturatingSize scratch =
+        detail::AttendScratch::bytes_required(n.pages, plan.geometry.page_size, n.group, n.row, n.value_row) +
+        sizeof(detail::AttendScratch);
+    return detail::addressable(scratch * plan.geometry.kv_heads + Pages::bytes_required(config, policy), plan);
   }
 
   const CacheConfig& config() const { return Pages::config(); }  ///< as constructed
@@ -286,10 +287,16 @@ class PagedKvCache : private LayerDrafts<Policy> {
       Pages::end_step, Pages::logit_map, Pages::observe, Pages::queries_per_selection, Pages::reads_all, Pages::record,
       Pages::select, Pages::select_more, Pages::tap;
 
-  /// For attend() alone.
-  detail::AttendedLayer<Policy> attended() noexcept { return {*this, scratch_, detail::PageReader(pool_.memory())}; }
+  detail::AttendedLayer<Policy> attended() noexcept {  // for attend() alone
+    return {*this, scratch_, detail::PageReader(pool_.memory())};
+  }
 
  private:
+  /// Throws ConfigError before anything is allocated, also for what cannot be addressed.
+  static detail::CachePlan plan_of(const CacheConfig& config, const Policy& policy) {
+    static_cast<void>(bytes_required_beside_pool(config, policy));
+    return detail::plan_cache(config, policy);
+  }
   friend struct detail::ImageAccess;
   detail::LayerImage image() {
     detail::LayerImage image = Pages::image();

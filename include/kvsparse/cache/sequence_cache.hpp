@@ -61,8 +61,8 @@ class SequenceCache {
   /// Bytes that construction without a pool allocates for the layers. Throws ConfigError.
   template <class Policy>
   static std::size_t bytes_required(std::span<const CacheConfig> layers, const Policy& policy) {
-    std::size_t bytes = layers.size() * sizeof(Cache);
-    for (const CacheConfig& layer : layers) bytes += Cache::bytes_required(layer, policy);
+    SaturatingSize bytes = layers.size() * sizeof(Cache);
+    for (const CacheConfig& layer : layers) bytes = bytes + Cache::bytes_required(layer, policy);
     return bytes;
   }
 

@@ -17,9 +17,16 @@ constexpr std::size_t round_up(std::size_t value, std::size_t step) { return div
 /// Stored rows are padded with zeros to a multiple of this many elements, so that kernels read whole vectors.
 inline constexpr std::size_t row_padding = 8;
 
-/// No configured size is larger, so that sums and products of sizes fit: 2^40, or 2^20 where sizes have 32 bits.
+/// No configured size is larger, so that sums of sizes fit: 2^40, or 2^20 where sizes have 32 bits. For products see
+/// SaturatingSize.
 inline constexpr std::size_t largest_size = std::size_t{1} << (sizeof(std::size_t) > 4 ? 40 : 20);
 inline constexpr const char* largest_size_text = sizeof(std::size_t) > 4 ? "2^40" : "2^20";  ///< for a sentence
+/// No more heads, and no more elements of a row, so that a page's bytes fit.
+inline constexpr std::size_t most_channels = std::size_t{1} << 20;
+/// No pool or layer has more pages: their ids have 32 bits, and page lists give them a sign.
+inline constexpr std::size_t most_pages = (std::size_t{1} << 31) - 1;
+/// Tokens of a page at most: what the kernel has room for on its stack.
+inline constexpr std::size_t max_page_size = 256;
 
 /// The shape of one attention layer and of its pages. Query head i reads kv head i / group().
 struct Geometry {

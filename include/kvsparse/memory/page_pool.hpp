@@ -3,13 +3,14 @@
 // pool of its own, or all layers and sequences of an engine share one.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <utility>
 
+#include "../core/saturating_size.hpp"
 #include "../core/status.hpp"
 #include "page_ledger.hpp"
 #include "page_rows.hpp"
@@ -48,13 +49,13 @@ class PagePool {
   /// page_size are those of every cache; its kv_heads only arranges the pages. Memory is touched when a page is first
   /// used. Throws ConfigError.
   PagePool(const Geometry& geometry, PageSummary kind, std::size_t pages)
-      : shared_(new Shared(geometry, kind, checked(geometry, pages))) {}
+      : shared_(new Shared(geometry, kind, checked(geometry, kind, pages))) {}
 
   /// As many pages as fit `bytes`, bookkeeping included. Throws ConfigError if that is less than one for each kv head.
   static PagePool of_bytes(const Geometry& geometry, PageSummary kind, std::size_t bytes) {
+    check(geometry);
     const std::size_t each = bytes_per_page(geometry, kind) + PageLedger::bytes_per_page;
     const std::size_t pages = bytes < sizeof(Shared) ? 0 : (bytes - sizeof(Shared)) / each;
-    check(geometry);
     if (pages < geometry.kv_heads) {
       KVSPARSE_THROW(ConfigError("a pool of " + std::to_string(bytes) + " bytes holds no page for each of " +
                                  std::to_string(geometry.kv_heads) + " kv heads; that takes " +
@@ -75,10 +76,17 @@ class PagePool {
     if (shared_ != nullptr && shared_->handles.fetch_sub(1, std::memory_order_acq_rel) == 1) delete shared_;
   }
 
-  /// Bytes that construction allocates. Throws ConfigError for a geometry that the constructor refuses.
+  /// Bytes that construction allocates. Throws ConfigError for a geometry that the constructor refuses, and for more
+  /// bytes than can be addressed.
   static std::size_t bytes_required(const Geometry& geometry, PageSummary kind, std::size_t pages) {
     check(geometry);
-    return sizeof(Shared) + pages * (bytes_per_page(geometry, kind) + PageLedger::bytes_per_page);
+    const std::size_t each = bytes_per_page(geometry, kind) + PageLedger::bytes_per_page;
+    const std::size_t bytes = SaturatingSize(pages) * each + sizeof(Shared);
+    if (bytes > most_bytes) {
+      KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages of " + std::to_string(each) + " bytes exceed the " +
+                                 most_bytes_text + " that can be addressed"));
+    }
+    return bytes;
   }
   /// Keys, values and summary of one page.
   static std::size_t bytes_per_page(const Geometry& geometry, PageSummary kind) {
@@ -138,19 +146,27 @@ class PagePool {
     if (geometry.head_dim == 0 || geometry.page_size == 0 || geometry.kv_heads == 0) {
       KVSPARSE_THROW(ConfigError("a pool's head_dim, page_size and kv_heads must be at least 1"));
     }
+    if (geometry.page_size > max_page_size) {
+      KVSPARSE_THROW(ConfigError("a pool's page_size = " + std::to_string(geometry.page_size) + " exceeds " +
+                                 std::to_string(max_page_size)));
+    }
+    const std::size_t widest = std::max({geometry.kv_heads, geometry.head_dim, geometry.value_dim});
+    if (widest > most_channels) {
+      KVSPARSE_THROW(
+          ConfigError("a pool's kv_heads, head_dim and value_dim are at most 2^20, not " + std::to_string(widest)));
+    }
     if (const std::string problem = values_problem<Key, Value>(geometry); !problem.empty()) {
       KVSPARSE_THROW(ConfigError(problem));
     }
   }
-  static std::size_t checked(const Geometry& geometry, std::size_t pages) {
+  static std::size_t checked(const Geometry& geometry, PageSummary kind, std::size_t pages) {
     check(geometry);
-    if (pages > std::numeric_limits<std::uint32_t>::max() / 2) {
-      KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages exceed the limit of 2^31"));
-    }
+    if (pages > most_pages) KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages exceed the limit of 2^31 - 1"));
     if (pages == 0 || pages % geometry.kv_heads != 0) {
       KVSPARSE_THROW(ConfigError(std::to_string(pages) + " pages are not a multiple of " +
                                  std::to_string(geometry.kv_heads) + " kv heads"));
     }
+    static_cast<void>(bytes_required(geometry, kind, pages));
     return pages;
   }
 

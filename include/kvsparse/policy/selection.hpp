@@ -13,6 +13,7 @@
 #include "../config.hpp"
 #include "../core/geometry.hpp"
 #include "../core/ids.hpp"
+#include "../core/saturating_size.hpp"
 #include "../core/simd.hpp"
 
 namespace kvsparse {
@@ -53,10 +54,10 @@ class Selection {
   Selection& operator=(Selection&&) noexcept = default;
 
   /// Bytes that construction allocates.
-  static std::size_t bytes_required(std::size_t pages, std::size_t page_size, bool token_masks) {
+  static SaturatingSize bytes_required(std::size_t pages, std::size_t page_size, bool token_masks) {
     const std::size_t words = token_masks ? divide_up(page_size, 64) : 0;
-    return pages * (sizeof(SelectedPage) + 1 + words * sizeof(std::uint64_t)) +
-           round_up(pages, simd::lanes) * sizeof(std::int32_t);
+    return SaturatingSize(pages) * (sizeof(SelectedPage) + 1 + words * sizeof(std::uint64_t)) +
+           SaturatingSize(round_up(pages, simd::lanes)) * sizeof(std::int32_t);
   }
 
   /// Starts a selection among `resident` pages.
