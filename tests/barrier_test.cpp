@@ -37,6 +37,12 @@ struct Stream {
       }
     }
   }
+  /// Asks for the key of a position.
+  std::vector<float> query_for(std::size_t position) const {
+    std::vector<float> query(row(k, position).begin(), row(k, position).end());
+    for (float& element : query) element *= sharpness;
+    return query;
+  }
   static std::span<const float> row(const std::vector<float>& rows, std::size_t t) {
     return std::span<const float>(rows).subspan(t * dim, dim);
   }
@@ -65,10 +71,8 @@ std::set<std::size_t> found_by(const std::string& policy, const Stream& stream) 
   }
   std::set<std::size_t> found;
   for (std::size_t planted = prompt; planted < tokens / 2; ++planted) {
-    std::vector<float> q(Stream::row(stream.k, planted).begin(), Stream::row(stream.k, planted).end());
-    for (float& element : q) element *= sharpness;
     kvsparse::AnyCache asked = cache;
-    EXPECT_TRUE(asked.attend(q, out).ok());
+    EXPECT_TRUE(asked.attend(stream.query_for(planted), out).ok());
     double distance = 0.0;
     for (std::size_t i = 0; i < dim; ++i) {
       distance += std::pow(static_cast<double>(out[i]) - static_cast<double>(stream.v[planted * dim + i]), 2);
@@ -109,10 +113,8 @@ double mean_tokens_read(const std::string& policy, const Stream& stream) {
   }
   std::size_t read = 0;
   for (std::size_t planted = prompt; planted < tokens / 2; ++planted) {
-    std::vector<float> q(Stream::row(stream.k, planted).begin(), Stream::row(stream.k, planted).end());
-    for (float& element : q) element *= sharpness;
     std::vector<float> out(dim);
-    EXPECT_TRUE(cache.attend(q, out).ok());
+    EXPECT_TRUE(cache.attend(stream.query_for(planted), out).ok());
     read += cache.stats().last_read_tokens;
   }
   return static_cast<double>(read) / askable;

@@ -7,25 +7,27 @@ namespace kvsparse_tools {
 
 namespace {
 
-/// What the part that knows the policy says. of_part.operator()<Part, Parts>(): nothing, where it does not.
+constexpr std::size_t parts = KVSPARSE_NAMED_CACHE_PARTS;
+
+/// What the part that knows the policy says. of_part.operator()<Part>(): nothing, where it does not.
+template <class OfPart, std::size_t... Part>
+auto from_any_part(std::index_sequence<Part...>, std::string_view policy, const OfPart& of_part) {
+  decltype(of_part.template operator()<0>()) found;
+  static_cast<void>(((found = of_part.template operator()<Part>()) || ...));
+  if (!found) throw kvsparse::unknown_policy(policy);
+  return std::move(*found);
+}
 template <class OfPart>
 auto from_any_part(std::string_view policy, const OfPart& of_part) {
-  constexpr std::size_t parts = KVSPARSE_NAMED_CACHE_PARTS;
-  return [&]<std::size_t... Part>(std::index_sequence<Part...>) {
-    decltype(of_part.template operator()<0, parts>()) found;
-    static_cast<void>(((found = of_part.template operator()<Part, parts>()) || ...));
-    if (!found) throw kvsparse::unknown_policy(policy);
-    return std::move(*found);
-  }
-  (std::make_index_sequence<parts>{});
+  return from_any_part(std::make_index_sequence<parts>{}, policy, of_part);
 }
 
 }  // namespace
 
 kvsparse::AnyCache named_cache(std::string_view policy, kvsparse::ScalarType dtype, const kvsparse::CacheConfig& config,
                                std::span<const kvsparse::OptionSetting> settings) {
-  return from_any_part(policy, [&]<std::size_t Part, std::size_t Parts>() {
-    return named_cache_of_part<Part, Parts>(policy, dtype, config, settings, nullptr);
+  return from_any_part(policy, [&]<std::size_t Part>() {
+    return named_cache_of_part<Part, parts>(policy, dtype, config, settings, nullptr);
   });
 }
 
@@ -33,15 +35,15 @@ kvsparse::AnyCache named_cache_over(const kvsparse::AnyPagePool& pool, std::stri
                                     const kvsparse::CacheConfig& config,
                                     std::span<const kvsparse::OptionSetting> settings) {
   const auto dtype = static_cast<kvsparse::ScalarType>(pool.index());
-  return from_any_part(policy, [&]<std::size_t Part, std::size_t Parts>() {
-    return named_cache_of_part<Part, Parts>(policy, dtype, config, settings, &pool);
+  return from_any_part(policy, [&]<std::size_t Part>() {
+    return named_cache_of_part<Part, parts>(policy, dtype, config, settings, &pool);
   });
 }
 
 std::size_t named_cache_bytes(std::string_view policy, kvsparse::ScalarType dtype, const kvsparse::CacheConfig& config,
                               std::span<const kvsparse::OptionSetting> settings) {
-  return from_any_part(policy, [&]<std::size_t Part, std::size_t Parts>() {
-    return named_cache_bytes_of_part<Part, Parts>(policy, dtype, config, settings);
+  return from_any_part(policy, [&]<std::size_t Part>() {
+    return named_cache_bytes_of_part<Part, parts>(policy, dtype, config, settings);
   });
 }
 

@@ -12,18 +12,11 @@ kvsparse::Geometry geometry_of(const ModelConfig& model, const CacheChoice& choi
   return {model.query_heads, model.kv_heads, model.head_dim, choice.page_size};
 }
 
-/// What the policy, with its options, needs; a preset among them is applied before the others, as AnyCache does.
+/// What the policy, with its options, needs.
 kvsparse::PageSummary summary_of(const CacheChoice& choice) {
   kvsparse::PageSummary summary = kvsparse::PageSummary::none;
-  kvsparse::detail::visit_policies(kvsparse::NamedPolicies{}, [&]<class Policy>() {
-    if (Policy::name != choice.policy) return;
-    Policy policy;
-    for (const bool presets : {true, false}) {
-      for (const kvsparse::OptionSetting& setting : choice.settings.options) {
-        if ((setting.key == "preset") == presets) (void)kvsparse::set_option(policy, setting);
-      }
-    }
-    summary = kvsparse::traits::page_summary(policy);
+  kvsparse::detail::visit_policy<kvsparse::NamedPolicies>(choice.policy, [&]<class Policy>() {
+    summary = kvsparse::traits::page_summary(kvsparse::with_options(Policy{}, choice.settings.options));
   });
   return summary;
 }

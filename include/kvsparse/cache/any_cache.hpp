@@ -64,25 +64,23 @@ class AnyCache {
   static std::optional<AnyCache> find(std::string_view policy, ScalarType scalar, const CacheConfig& config,
                                       std::span<const OptionSetting> settings = {}, const AnyPagePool* pool = nullptr) {
     std::optional<AnyCache> cache;
-    detail::visit_policies(List{}, [&]<class Policy>() {
-      if (Policy::name == policy) cache = AnyCache(make<Policy, Scalars...>(Policy{}, scalar, config, pool, settings));
+    detail::visit_policy<List>(policy, [&]<class Policy>() {
+      cache = AnyCache(make<Policy, Scalars...>(Policy{}, scalar, config, pool, settings));
     });
     return cache;
   }
 
-  /// What the cache that `find` makes with pages of its own allocates, bytes_allocated() and object_bytes(), or nothing
-  /// if no policy of the list has that name. Allocates none of it. Throws ConfigError as `find` does.
+  /// What the cache that `find` makes with pages of its own allocates, the sum of bytes_allocated() and object_bytes(),
+  /// or nothing if no policy of the list has that name. Allocates none of it. Throws ConfigError as `find` does.
   template <class List, StorageScalar... Scalars>
   static std::optional<std::size_t> bytes_required(std::string_view policy, ScalarType scalar,
                                                    const CacheConfig& config,
                                                    std::span<const OptionSetting> settings = {}) {
     std::optional<std::size_t> bytes;
-    detail::visit_policies(List{}, [&]<class Policy>() {
-      if (Policy::name != policy) return;
-      const Policy set = with_settings(Policy{}, settings);
+    detail::visit_policy<List>(policy, [&]<class Policy>() {
+      const Policy set = with_options(Policy{}, settings);
       with_scalar<Policy, Scalars...>(scalar, [&]<class Scalar>() {
-        using Cache = Model<Policy, Scalar>;
-        bytes = sizeof(Cache) + PagedKvCache<Policy, Scalar>::bytes_required(config, set);
+        bytes = sizeof(Model<Policy, Scalar>) + PagedKvCache<Policy, Scalar>::bytes_required(config, set);
       });
     });
     return bytes;
@@ -105,12 +103,12 @@ class AnyCache {
   /// pairs it wants, and chooses among them by name. Throws ConfigError as `of` does.
   template <class Policy, StorageScalar Key, StorageScalar Value>
   static AnyCache of_pair(const CacheConfig& config, std::span<const OptionSetting> settings = {}) {
-    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, with_settings(Policy{}, settings)));
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, with_options(Policy{}, settings)));
   }
   template <class Policy, StorageScalar Key, StorageScalar Value>
   static AnyCache of_pair(const CacheConfig& config, const PagePool<Key, Value>& pool,
                           std::span<const OptionSetting> settings = {}) {
-    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, pool, with_settings(Policy{}, settings)));
+    return AnyCache(std::make_unique<Model<Policy, Key, Value>>(config, pool, with_options(Policy{}, settings)));
   }
 
   AnyCache(const AnyCache& other) : cache_(other.cache_->clone()) {}
@@ -306,7 +304,7 @@ class AnyCache {
   template <class Policy, StorageScalar... Scalars>
   static std::unique_ptr<Interface> make(const Policy& unset, ScalarType scalar, const CacheConfig& config,
                                          const AnyPagePool* pool, std::span<const OptionSetting> settings) {
-    const Policy policy = with_settings(unset, settings);
+    const Policy policy = with_options(unset, settings);
     std::unique_ptr<Interface> cache;
     with_scalar<Policy, Scalars...>(scalar, [&]<class Scalar>() {
       cache = pool == nullptr
@@ -333,21 +331,6 @@ class AnyCache {
                                    std::string(wanted)));
       }
     }
-  }
-
-  template <class Policy>
-  static Policy with_settings(Policy policy, std::span<const OptionSetting> settings) {
-    for (const bool presets : {true, false}) {
-      for (const OptionSetting& setting : settings) {
-        if ((setting.key == "preset") == presets && !set_option(policy, setting)) {
-          std::string known;
-          for (const std::string& key : option_keys<Policy>()) known += (known.empty() ? "" : ", ") + key;
-          KVSPARSE_THROW(ConfigError("policy " + std::string(Policy::name) + " has no option " + setting.key +
-                                     "; it has " + (known.empty() ? "none" : known)));
-        }
-      }
-    }
-    return policy;
   }
 
   std::unique_ptr<Interface> cache_;

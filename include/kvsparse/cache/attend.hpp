@@ -66,10 +66,10 @@ class AttendStep {
   /// lse, lost_mass: [query_heads] or null.
   AttendStep(const AttendedLayer<Policy>& layer, HeadRows<const float> q, HeadRows<float> out, float* lse, Position end,
              float* lost_mass = nullptr)
-      : layer_(layer), heads_(layer.heads), q_(q), out_(out), lse_(lse), lost_mass_(lost_mass), end_(end) {}
+      : layer_(layer), q_(q), out_(out), lse_(lse), lost_mass_(lost_mass), end_(end) {}
 
   void run(ExecutorRef executor) const {
-    const std::size_t heads = heads_.geometry().kv_heads;
+    const std::size_t heads = layer_.heads.geometry().kv_heads;
     const auto whole_head = [this](std::size_t h) noexcept {
       begin(h);
       finish(h, false);
@@ -95,7 +95,7 @@ class AttendStep {
       const auto finish_head = [this, most](std::size_t h) noexcept { finish(h, most > 1 && shared_ranges(h) > 0); };
       executor(heads, finish_head);
     }
-    heads_.end_step();
+    layer_.heads.end_step();
   }
 
  private:
@@ -103,16 +103,17 @@ class AttendStep {
   /// eighth may be lost where they do not divide evenly.
   bool heads_are_enough(std::size_t threads, std::size_t heads) const {
     std::size_t longest = 0;
-    for (std::size_t h = 0; h < heads; ++h) longest = std::max(longest, heads_.resident_tokens(h));
+    for (std::size_t h = 0; h < heads; ++h) longest = std::max(longest, layer_.heads.resident_tokens(h));
     if (longest <= range_tokens) return true;
     return threads != 0 && 8 * (round_up(heads, threads) - heads) <= heads;
   }
 
   QueryBlock whole_group(std::size_t kv_head) const {
-    const std::size_t group = heads_.geometry().group();
+    const std::size_t group = layer_.heads.geometry().group();
     return {kv_head,
             0,
-            {q_.row(kv_head * group), group, heads_.geometry().head_dim, q_.head_stride, heads_.softmax_scale()}};
+            {q_.row(kv_head * group), group, layer_.heads.geometry().head_dim, q_.head_stride,
+             layer_.heads.softmax_scale()}};
   }
 
   std::size_t shared_ranges(std::size_t kv_head) const {
@@ -123,55 +124,55 @@ class AttendStep {
   KVSPARSE_NOINLINE void begin(std::size_t kv_head) const {
     AttendScratch& scratch = layer_.scratch[kv_head];
     const QueryGroup group = whole_group(kv_head).queries;
-    heads_.begin_query(kv_head, end_);
+    layer_.heads.begin_query(kv_head, end_);
     pad_queries(group, scratch.queries.data(), round_up(group.head_dim, query_padding));
     scratch.start(0, 0, group.size);
     // Where each query head selects for itself, the next selection overwrites the one before: all of it is finish's.
-    const bool together = heads_.queries_per_selection(kv_head) == group.size;
-    scratch.reads = together ? heads_.select(kv_head, group) : std::span<const PageRead>();
+    const bool together = layer_.heads.queries_per_selection(kv_head) == group.size;
+    scratch.reads = together ? layer_.heads.select(kv_head, group) : std::span<const PageRead>();
   }
 
   /// ranges_are_read: those of the first selection are, and wait to be merged.
   KVSPARSE_NOINLINE void finish(std::size_t kv_head, bool ranges_are_read) const {
     AttendScratch& scratch = layer_.scratch[kv_head];
     const QueryGroup group = whole_group(kv_head).queries;
-    const std::size_t size = heads_.queries_per_selection(kv_head);
+    const std::size_t size = layer_.heads.queries_per_selection(kv_head);
     for (std::size_t first = 0; first < group.size; first += size) {
       QueryBlock block{kv_head, first, group};
       block.queries.data = group[first].data();
       block.queries.size = size;
       const std::span<SoftmaxState> states = scratch.states(0, first, size);
-      auto reads = size == group.size ? scratch.reads : heads_.select(kv_head, block.queries);
+      auto reads = size == group.size ? scratch.reads : layer_.heads.select(kv_head, block.queries);
       for (std::size_t seen = 0; !reads.empty();) {
         for (std::size_t range = 0; range < scratch.ranges(reads.size()); ++range) {
           if (!ranges_are_read) read_range(layer_, block, reads, seen, range);
           if (range == 0) continue;
           const std::span<const SoftmaxState> part = scratch.states(range, first, size);
-          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], heads_.geometry().dim_of_values());
+          for (std::size_t q = 0; q < size; ++q) merge(states[q], part[q], layer_.heads.geometry().dim_of_values());
         }
         ranges_are_read = false;
         seen += reads.size();
-        reads = heads_.select_more(kv_head, block.queries, states);
+        reads = layer_.heads.select_more(kv_head, block.queries, states);
       }
-      heads_.add_residual(kv_head, block.queries, states);
-      heads_.add_sinks(kv_head, first, states);
+      layer_.heads.add_residual(kv_head, block.queries, states);
+      layer_.heads.add_sinks(kv_head, first, states);
       if constexpr (!Evictor<Policy>) {
         if (lost_mass_ != nullptr) {
-          heads_.bound_lost_mass(kv_head, first, block.queries, states, lost_mass_ + kv_head * group.size + first);
+          layer_.heads.bound_lost_mass(kv_head, first, block.queries, states,
+                                       lost_mass_ + kv_head * group.size + first);
         }
       }
-      heads_.record(kv_head, first, states);
+      layer_.heads.record(kv_head, first, states);
     }
     for (std::size_t q = 0; q < group.size; ++q) {
       const SoftmaxState& state = scratch.states(0, q, 1)[0];
-      normalise(state, out_.row(kv_head * group.size + q), heads_.geometry().dim_of_values());
+      normalise(state, out_.row(kv_head * group.size + q), layer_.heads.geometry().dim_of_values());
       if (lse_ != nullptr) lse_[kv_head * group.size + q] = state.log_sum_exp();
     }
-    heads_.observe(kv_head, group);
+    layer_.heads.observe(kv_head, group);
   }
 
   AttendedLayer<Policy> layer_;
-  LayerDrafts<Policy>& heads_;
   HeadRows<const float> q_;
   HeadRows<float> out_;
   float* lse_;

@@ -20,8 +20,7 @@ template <class Policy>
 class AttendTiles {
  public:
   AttendTiles(const AttendedLayer<Policy>& layer, TokenRows<const float> q, TokenRows<float> out)
-      : heads_(layer.heads),
-        read_pages_(layer.read_pages),
+      : layer_(layer),
         q_(q),
         out_(out),
         first_(static_cast<std::size_t>(layer.heads.next_position().value) - q.tokens) {}
@@ -29,13 +28,14 @@ class AttendTiles {
   /// Whether tiles can do this chunk, and save anything over going token by token.
   bool suit() const {
     if constexpr (StepObserver<Policy> || ResidualProvider<Policy> || traits::select_always<Policy>()) return false;
-    if (asks_for(traits::evidence(heads_.policy()), EvidenceKind::token_weights)) return false;
-    if (heads_.drafts() != 0) return false;
-    for (std::size_t h = 0; h < heads_.geometry().kv_heads; ++h) {
-      heads_.begin_query(h, heads_.next_position());
-      if (!heads_.reads_all(h)) return false;
-      const bool has_gap = heads_.resident_tokens(h) < first_ + q_.tokens;
-      if (has_gap && traits::in_cache_positions(heads_.policy())) return false;  // queries turn back, each its own way
+    if (asks_for(traits::evidence(layer_.heads.policy()), EvidenceKind::token_weights)) return false;
+    if (layer_.heads.drafts() != 0) return false;
+    for (std::size_t h = 0; h < layer_.heads.geometry().kv_heads; ++h) {
+      layer_.heads.begin_query(h, layer_.heads.next_position());
+      if (!layer_.heads.reads_all(h)) return false;
+      const bool has_gap = layer_.heads.resident_tokens(h) < first_ + q_.tokens;
+      if (has_gap && traits::in_cache_positions(layer_.heads.policy()))
+        return false;  // queries turn back, each its own way
     }
     return std::min(tokens_per_tile(), q_.tokens) > 1;
   }
@@ -46,26 +46,27 @@ class AttendTiles {
         attend_tile(h, token, std::min(tokens_per_tile(), q_.tokens - token));
       }
     };
-    executor(heads_.geometry().kv_heads, whole_head);
+    executor(layer_.heads.geometry().kv_heads, whole_head);
   }
 
  private:
   static constexpr std::size_t tile_floats = tile_queries * 128;
 
-  std::size_t row() const { return round_up(heads_.geometry().head_dim, query_padding); }
-  std::size_t value_row() const { return round_up(heads_.geometry().dim_of_values(), query_padding); }
+  std::size_t row() const { return round_up(layer_.heads.geometry().head_dim, query_padding); }
+  std::size_t value_row() const { return round_up(layer_.heads.geometry().dim_of_values(), query_padding); }
   std::size_t tokens_per_tile() const {
-    return std::min(tile_queries, tile_floats / std::max(row(), value_row())) / heads_.geometry().group();
+    return std::min(tile_queries, tile_floats / std::max(row(), value_row())) / layer_.heads.geometry().group();
   }
   QueryGroup group_of(std::size_t kv_head, std::size_t token) const {
-    const std::size_t group = heads_.geometry().group();
+    const std::size_t group = layer_.heads.geometry().group();
     const HeadRows<const float> rows = q_.token(token);
-    return {rows.row(kv_head * group), group, heads_.geometry().head_dim, rows.head_stride, heads_.softmax_scale()};
+    return {rows.row(kv_head * group), group, layer_.heads.geometry().head_dim, rows.head_stride,
+            layer_.heads.softmax_scale()};
   }
   /// Starts the token's query.
   std::span<const PageRead> select(std::size_t kv_head, std::size_t token) const {
-    heads_.begin_query(kv_head, Position{0} + (first_ + token + 1));
-    return heads_.select(kv_head, group_of(kv_head, token));
+    layer_.heads.begin_query(kv_head, Position{0} + (first_ + token + 1));
+    return layer_.heads.select(kv_head, group_of(kv_head, token));
   }
 
   /// How many of the pages that the tile's first token reads have left a later token's window.
@@ -74,7 +75,7 @@ class AttendTiles {
   }
 
   KVSPARSE_NOINLINE void attend_tile(std::size_t kv_head, std::size_t first, std::size_t tokens) const {
-    const std::size_t group = heads_.geometry().group();
+    const std::size_t group = layer_.heads.geometry().group();
     alignas(64) float queries[tile_floats];
     alignas(64) float accumulators[tile_floats];
     SoftmaxState states[tile_queries];
@@ -85,23 +86,24 @@ class AttendTiles {
       pad_queries(group_of(kv_head, first + t), queries + t * group * row(), row());
     }
 
-    auto& head = heads_.head(kv_head);
-    const PageTap tap = head.tap(count, heads_.geometry().page_size);
+    auto& head = layer_.heads.head(kv_head);
+    const PageTap tap = head.tap(count, layer_.heads.geometry().page_size);
     // All pages before the first token's last one are whole for every token; what follows is cut at each one's own.
     const auto whole = select(kv_head, first);
     const std::size_t shared = whole.size() - std::min<std::size_t>(whole.size(), 1);
     const PageIndex first_page = whole.empty() ? PageIndex{} : whole[0].index;
-    read_pages_(whole.first(shared), queries, row(), {states, count}, tap, heads_.logit_map(kv_head, 0, group));
+    layer_.read_pages(whole.first(shared), queries, row(), {states, count}, tap,
+                      layer_.heads.logit_map(kv_head, 0, group));
     std::size_t reads_of_tile = 0;
     for (std::size_t t = 0; t < tokens; ++t) {
       const std::size_t query = t * group;
       const auto reads = select(kv_head, first + t);
       const std::size_t left = pages_left(first_page, reads);
       const std::size_t read = shared - std::min(shared, left);
-      read_pages_(reads.subspan(read), queries + query * row(), row(), {states + query, group},
-                  tap.from(left + read, query), heads_.logit_map(kv_head, 0, group));
+      layer_.read_pages(reads.subspan(read), queries + query * row(), row(), {states + query, group},
+                        tap.from(left + read, query), layer_.heads.logit_map(kv_head, 0, group));
       reads_of_tile = left + reads.size();
-      heads_.add_sinks(kv_head, 0, {states + query, group});
+      layer_.heads.add_sinks(kv_head, 0, {states + query, group});
     }
     head.weigh_pages({states, count}, reads_of_tile);
     for (std::size_t t = 0; t < tokens; ++t) {
@@ -109,14 +111,13 @@ class AttendTiles {
       const std::size_t left = pages_left(first_page, select(kv_head, first + t));
       head.record(0, of_token, group, tap.from(left, t * group));
       for (std::size_t q = 0; q < group; ++q) {
-        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), heads_.geometry().dim_of_values());
+        normalise(of_token[q], out_.token(first + t).row(kv_head * group + q), layer_.heads.geometry().dim_of_values());
       }
-      heads_.observe(kv_head, group_of(kv_head, first + t));
+      layer_.heads.observe(kv_head, group_of(kv_head, first + t));
     }
   }
 
-  LayerDrafts<Policy>& heads_;
-  PageReader read_pages_;
+  AttendedLayer<Policy> layer_;
   TokenRows<const float> q_;
   TokenRows<float> out_;
   std::size_t first_;  // position of the chunk's first token

@@ -22,8 +22,6 @@ class LayerHeads {
   static constexpr detail::ContractCheck<Policy> contract{};
 
  public:
-  using policy_type = Policy;  ///< as given
-
   const CacheConfig& config() const { return config_; }           ///< as constructed
   const Geometry& geometry() const { return context_.geometry; }  ///< its shape
   const Policy& policy() const { return policy_; }                ///< with its options
@@ -271,16 +269,12 @@ class LayerHeads {
   /// What is to be compared with the budget: tokens of the fullest head, or of the average one, rounded up, where heads
   /// share it.
   std::size_t tokens_of_a_head() const {
-    std::size_t sum = 0;
-    std::size_t most = 0;
+    std::size_t tokens = 0;
     for (const Head& head : heads_) {
-      if constexpr (SharedBudgetEvictor<Policy>) {
-        sum += head.table.resident_tokens();
-      } else {
-        most = std::max(most, head.table.resident_tokens());
-      }
+      const std::size_t of_head = head.table.resident_tokens();
+      tokens = SharedBudgetEvictor<Policy> ? tokens + of_head : std::max(tokens, of_head);
     }
-    return SharedBudgetEvictor<Policy> ? divide_up(sum, heads_.size()) : most;
+    return SharedBudgetEvictor<Policy> ? divide_up(tokens, heads_.size()) : tokens;
   }
   // A head's pages as its policy sees them outside a query: no page is open while a victim is looked for.
   HeadView<Policy> view(std::size_t kv_head) { return view(kv_head, next_, false); }

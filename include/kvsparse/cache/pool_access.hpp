@@ -43,6 +43,12 @@ RowAccess row_access(PageSummary summary) {
   return access;
 }
 
+/// Whether others hold a page too.
+struct IsShared {
+  const PageLedger& ledger;
+  bool operator()(PageId page) const { return ledger.is_shared(page); }
+};
+
 /// The owner of a cache's pages towards LayerPages, which need not know what the pool stores: its verbs, the longest of
 /// the container, are compiled once for a policy.
 class PageLender {
@@ -50,11 +56,14 @@ class PageLender {
   /// evicted_shared_pages counts the pages given up that others still hold.
   template <StorageScalar Key, StorageScalar Value>
   PageLender(PagePool<Key, Value>& pool, std::size_t& evicted_shared_pages) noexcept
-      : pool_(&pool), verbs_(&verbs_of<Key, Value>), evicted_shared_pages_(&evicted_shared_pages) {}
+      : pool_(&pool),
+        verbs_(&verbs_of<Key, Value>),
+        is_shared_{pool.ledger()},
+        evicted_shared_pages_(evicted_shared_pages) {}
 
   PageId acquire() { return verbs_->acquire(pool_); }
   void release(PageId page) {
-    if (verbs_->is_shared(pool_, page)) ++*evicted_shared_pages_;
+    if (is_shared_(page)) ++evicted_shared_pages_;
     verbs_->release(pool_, page);
   }
   void release_truncated(PageId page) { verbs_->release(pool_, page); }
@@ -64,14 +73,12 @@ class PageLender {
   struct Verbs {
     PageId (*acquire)(void* pool);
     void (*release)(void* pool, PageId page);
-    bool (*is_shared)(const void* pool, PageId page);
     void (*summarize)(void* pool, PageId page, Slot slot);
   };
   template <class Key, class Value>
   static constexpr Verbs verbs_of{
       [](void* pool) { return static_cast<PagePool<Key, Value>*>(pool)->acquire(); },
       [](void* pool, PageId page) { static_cast<PagePool<Key, Value>*>(pool)->release(page); },
-      [](const void* pool, PageId page) { return static_cast<const PagePool<Key, Value>*>(pool)->is_shared(page); },
       [](void* pool, PageId page, Slot slot) {
         auto& [rows, summaries] = static_cast<PagePool<Key, Value>*>(pool)->memory();
         summaries.add_key(page, rows.key_row(page, slot), slot.value == 0);
@@ -79,13 +86,8 @@ class PageLender {
 
   void* pool_;
   const Verbs* verbs_;
-  std::size_t* evicted_shared_pages_;
-};
-
-/// Whether others hold a page too.
-struct IsShared {
-  const PageLedger& ledger;
-  bool operator()(PageId page) const { return ledger.is_shared(page); }
+  IsShared is_shared_;
+  std::size_t& evicted_shared_pages_;
 };
 
 /// Throws ConfigError with a sentence that names the value and the limit.

@@ -97,6 +97,13 @@ template <class Visit, class... Policies>
 void visit_policies(PolicyList<Policies...>, Visit&& visit) {
   (visit.template operator()<Policies>(), ...);
 }
+/// For the one of that name alone, if there is one.
+template <class List, class Visit>
+void visit_policy(std::string_view name, Visit&& visit) {
+  visit_policies(List{}, [&]<class Policy>() {
+    if (Policy::name == name) visit.template operator()<Policy>();
+  });
+}
 
 }  // namespace detail
 
@@ -138,9 +145,7 @@ std::vector<std::string> policy_names() {
 template <class List>
 std::optional<PolicyFacts> find_policy_facts(std::string_view name) {
   std::optional<PolicyFacts> facts;
-  detail::visit_policies(List{}, [&]<class Policy>() {
-    if (Policy::name == name) facts = policy_facts<Policy>();
-  });
+  detail::visit_policy<List>(name, [&]<class Policy>() { facts = policy_facts<Policy>(); });
   return facts;
 }
 

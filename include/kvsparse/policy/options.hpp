@@ -4,6 +4,7 @@
 
 #include <charconv>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -124,6 +125,22 @@ bool set_option(Policy& policy, const OptionSetting& setting) {
     }
   });
   return known;
+}
+
+/// The policy with all of these set, a preset before the others, whatever their order. Throws ConfigError for a value
+/// as set_option does, and for a key that the policy does not have, with those that it has.
+template <class Policy>
+Policy with_options(Policy policy, std::span<const OptionSetting> settings) {
+  for (const bool presets : {true, false}) {
+    for (const OptionSetting& setting : settings) {
+      if ((setting.key == "preset") != presets || set_option(policy, setting)) continue;
+      std::string known;
+      for (const std::string& key : option_keys<Policy>()) known += (known.empty() ? "" : ", ") + key;
+      KVSPARSE_THROW(ConfigError("policy " + std::string(Policy::name) + " has no option " + setting.key + "; it has " +
+                                 (known.empty() ? "none" : known)));
+    }
+  }
+  return policy;
 }
 
 }  // namespace kvsparse
