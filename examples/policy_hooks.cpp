@@ -145,8 +145,8 @@ struct JudgedOnce {
   }
 };
 
-// scope layer, LayerState, on_step_end: all heads of a layer give up the same positions, here those that they agree on
-// least. Scores are summed over the heads; head 0 stands for all where one page index names the same positions.
+// scope layer, LayerState, on_step_end: all heads of a layer give up the same positions, here those of the least mass
+// over all heads. Head 0 stands for all where one page index names the same positions in each.
 struct AllHeadsTogether {
   static constexpr std::string_view name = "all_heads_together";
   static constexpr PolicyScope scope = PolicyScope::layer;

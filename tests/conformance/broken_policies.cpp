@@ -41,6 +41,7 @@ enum class Fault {
   names_an_option_twice,
   names_an_option_oddly,
   misspells_victim,
+  misspells_select,
 };
 
 /// Evicts the lowest mass, reads the newest pages, pins the first; and has a fault.
@@ -162,9 +163,10 @@ const std::map<std::string, std::pair<Fault, std::string_view>> faults = {
     {"names_an_option_twice", {Fault::names_an_option_twice, "HasANameAndOptionsThatReadBack"}},
     {"names_an_option_oddly", {Fault::names_an_option_oddly, "HasANameAndOptionsThatReadBack"}},
     {"misspells_victim", {Fault::misspells_victim, "DecidesIfItWatches"}},
+    {"misspells_select", {Fault::misspells_select, "DecidesIfItWatches"}},
 };
 
-/// This fault takes another type: what it leaves out is a verb.
+// These faults take types of their own: what they leave out is a verb.
 struct Misspelt {
   static constexpr std::string_view name = "misspelt";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
@@ -182,8 +184,22 @@ struct Misspelt {
     return head.lowest_evictable([&](PageIndex page) { return head.state(page).mass; });
   }
 };
-struct WithMisspeltVictim {
-  static Misspelt policy() { return {}; }
+/// A trait is all that shows of it.
+struct MisspeltSelector {
+  static constexpr std::string_view name = "misspelt_selector";
+  static constexpr PageSummary page_summary = PageSummary::min_max;
+  struct Options {
+    Fault fault = Fault::misspells_select;
+    void visit(auto&&) {}
+  } options;
+  void selekt(HeadView<MisspeltSelector> head, QueryGroup queries, Selection& selection) const {
+    head.upper_bounds(queries, head.scratch().first(head.size() * queries.size));
+    selection.add_all();
+  }
+};
+template <class Policy>
+struct Of {
+  static Policy policy() { return {}; }
 };
 
 struct NameOfFault {
@@ -204,7 +220,8 @@ using Faults =
                    With<Fault::reads_nothing>, With<Fault::weighs_by_nan>, With<Fault::writes_in_select>,
                    With<Fault::allocates>, With<Fault::throws>, With<Fault::counts_in_a_global>,
                    With<Fault::counts_in_itself>, With<Fault::knows_the_other_head>, With<Fault::holds_a_pointer>,
-                   With<Fault::names_an_option_twice>, With<Fault::names_an_option_oddly>, WithMisspeltVictim>;
+                   With<Fault::names_an_option_twice>, With<Fault::names_an_option_oddly>, Of<Misspelt>,
+                   Of<MisspeltSelector>>;
 INSTANTIATE_TYPED_TEST_SUITE_P(Faults, PolicyConformance, Faults, NameOfFault);
 
 namespace {

@@ -7,7 +7,7 @@
 // 1). The paper divides the budget once, by the votes of the prompt's last queries; here it is divided anew with each
 // page that goes, so that it follows the decoding, and a page's score is the mean of its exact mass, over the first
 // `window` queries that read it and then moving by 1 / window a query. The pages of the newest `window` tokens go last,
-// oldest first.
+// oldest first, and so do those that no query has read: beside a selector attend the prompt before decoding.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +66,8 @@ struct AdaKv {
       const PageIndex newest{static_cast<std::uint32_t>(head.size() - 1)};
       const std::int64_t newer_tokens = head.first_position(newest) - head.first_position(page);
       const bool stays = newer_tokens < static_cast<std::int64_t>(options.window);
-      return stays ? std::numeric_limits<float>::infinity() : head.state(page).mass;
+      const bool is_unread = head.state(page).queries == 0;
+      return stays || is_unread ? std::numeric_limits<float>::infinity() : head.state(page).mass;
     });
   }
 };

@@ -21,8 +21,8 @@
 //   a policy is a copyable class, not final      each cache has its own copy                      no unique_ptr, no final
 //   the first, second part of Compose must ...   an evictor comes first, a selector second        swap them, or take others
 //
-// P is your policy. No such sentence: the error lies in a verb's own body. Neither: a verb of a name that nobody calls is no
-// error; the conformance suite's DecidesIfItWatches finds a policy that therefore decides nothing.
+// P is your policy. An error without such a sentence lies in a verb's own body. No error at all, and yet no effect: a verb under
+// a name that nobody calls. Where a policy that observes decides nothing therefore, the conformance suite says so.
 //
 // The container's template parameter is left plain on purpose: a constrained one would make the compiler print the concept
 // instead of the sentence.
@@ -125,10 +125,12 @@ struct ContractCheck {
                 "memory in head.scratch().");
 
   // --- near misses: a verb or trait under another name would silently never be called ---
-  static_assert(!(has_member_evict<P> || has_member_choose_victim<P> || has_member_select_victim<P> ||
-                  has_member_pick_victim<P> || has_member_victims<P> || has_member_on_victim<P>),
-                "kvsparse policy: the verb that names the page to give up is called victim. Write: "
-                "PageIndex victim(HeadView<P> head) const;");
+  static_assert(
+      !(has_member_evict<P> || has_member_choose_victim<P> || has_member_select_victim<P> ||
+        has_member_pick_victim<P> || has_member_victims<P> || has_member_on_victim<P>),
+      "kvsparse policy: the verb that names the page to give up is called victim. Write: "
+      "PageIndex victim(HeadView<P> head) const; or, for all heads of a layer together, PageIndex or HeadPage "
+      "victim(LayerView<P> layer) const; with the trait scope.");
   static_assert(!(has_member_select_pages<P> || has_member_on_select<P> || has_member_selects<P>),
                 "kvsparse policy: the verb that chooses what a query reads is called select. Write: "
                 "void select(HeadView<P> head, QueryGroup queries, Selection& selection) const;");
@@ -172,7 +174,7 @@ struct ContractCheck {
   static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::kv_head || HeadEvictor<P>,
                 "kvsparse policy: victim has the wrong signature. Write: PageIndex victim(HeadView<P> head) const; or, "
                 "for PageIndex victim(LayerView<P> layer) const, also: static constexpr PolicyScope scope = "
-                "PolicyScope::layer;");
+                "PolicyScope::layer; for HeadPage victim(LayerView<P> layer) const: PolicyScope::shared_budget;");
   static_assert(!has_member_victim<P> || traits::scope<P>() != PolicyScope::layer || LayerEvictor<P>,
                 "kvsparse policy: victim of a layer-scoped policy has the wrong signature. Write: "
                 "PageIndex victim(LayerView<P> layer) const;");
@@ -284,8 +286,8 @@ struct ContractCheck {
   template <class T>
   static constexpr bool promises = has_member_evidence<T>;
   static_assert(!promises<P> || has_member_observe<P>,
-                "kvsparse policy: the trait evidence promises a verb that is missing. Misspelt, or else write: "
-                "void observe(HeadView<P> head, const Evidence& evidence) const; or remove the trait.");
+                "kvsparse policy: the trait evidence promises a verb that is missing. If its name is not misspelt, "
+                "write: void observe(HeadView<P> head, const Evidence& evidence) const; or remove the trait.");
   static_assert(promises<P> || !has_member_observe<P>,
                 "kvsparse policy: observe needs evidence. Write: "
                 "static constexpr EvidenceKind evidence = EvidenceKind::page_mass;");

@@ -74,7 +74,7 @@
 //
 // A victim is looked for while no page is open; the page filled last is an ordinary one. Evictable: neither pinned nor open.
 // A chunk of a prompt is stored, victims and all, before its queries attend: victim meets pages that no query has seen, in the
-// state they were opened with. To see a long prompt token by token a policy is fed chunks of one token, or pins the prompt.
+// state they were opened with. Chunks of one token show it a long prompt token by token; pinned, none of it goes unseen.
 // Of a page that a query did not read nothing is known, which is not zero: what a policy noted of it (a stamp, a last mass, a
 // sum) stays as it was. Ages and decays go on. A mass is a share of what was read, so it is larger the more is left unread.
 // With an executor, verbs of different heads run at the same time; those of one head never do, those that take L run alone.

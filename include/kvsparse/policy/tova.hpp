@@ -3,7 +3,8 @@
 // of the layer, so that all heads hold the same tokens. Source: Oren et al., EMNLP 2024 (2401.06104), section 3.2.
 // Needs: page mass. Per step: O(L d).  Memory: L tokens and one number a page. Departs from the paper: pages instead of
 // tokens (exact at page_size 1), a page's score being the summed mass of its tokens; no page is protected beside the
-// one being filled. A page that a query did not read keeps the mass of the last query that did.
+// one being filled. A page that a query did not read keeps the mass of the last query that did; one that none has
+// read goes after all others, so beside a selector attend the prompt before decoding.
 #pragma once
 
 #include <limits>
