@@ -154,11 +154,11 @@ inline PolicyEstimate estimate_memory(const ModelConfig& config, const CacheChoi
   PolicyEstimate estimate;
   estimate.policy = choice.policy;
   const std::uint64_t bytes_of_token = 2 * config.kv_heads * stored_row_bytes(choice.dtype, config.head_dim);
+  const kvsparse::LayerSchedule schedule = layer_schedule(config, choice, lengths.max_tokens);
   const auto add = [&](std::size_t first, std::size_t end, std::size_t tokens_read) {
     if (first >= end) return;
-    const std::uint64_t bytes_of_layer =
-        named_cache_bytes(choice.layer_policy(first), choice.dtype,
-                          layer_config(config, choice, lengths.max_tokens, first), choice.layer_options(first));
+    const kvsparse::LayerChoice& layer = schedule[first];
+    const std::uint64_t bytes_of_layer = named_cache_bytes(layer.policy, layer.keys, layer.config, layer.options);
     estimate.cache_bytes += (end - first) * lengths.sequences() * bytes_of_layer;
     estimate.read_bytes_at_end += (end - first) * tokens_read * bytes_of_token;
   };

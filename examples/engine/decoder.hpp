@@ -16,7 +16,6 @@
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -46,31 +45,24 @@ struct CacheChoice {
     std::copy(spread.begin(), spread.end(), budgets.end() - static_cast<std::ptrdiff_t>(sparse));
     return budgets;
   }
-
-  std::string_view layer_policy(std::size_t layer) const {
-    if (layer < dense_layers) return "dense";
-    return policy;
-  }
-  std::span<const kvsparse::OptionSetting> layer_options(std::size_t layer) const {
-    if (layer < dense_layers) return {};
-    return settings.options;
-  }
 };
 
-/// The cache of one layer, for sequences of up to `max_tokens` where its policy keeps everything.
-inline kvsparse::CacheConfig layer_config(const ModelConfig& model, const CacheChoice& choice, std::size_t max_tokens,
-                                          std::size_t layer) {
-  kvsparse::CacheConfig cache;
-  cache.query_heads = model.query_heads;
-  cache.kv_heads = model.kv_heads;
-  cache.head_dim = model.head_dim;
-  cache.page_size = choice.page_size;
-  cache.budget_tokens = choice.layer_budgets(model.layers)[layer];
-  cache.read_budget_tokens = choice.settings.read_budget_tokens;
-  cache.max_tokens = max_tokens;
-  cache.rope = model.rope;
-  cache.layer = layer;
-  return cache;
+/// What the cache of each layer is made from, for sequences of up to `max_tokens` where its policy keeps everything.
+/// Throws kvsparse::ConfigError as layer_budgets() does.
+inline kvsparse::LayerSchedule layer_schedule(const ModelConfig& model, const CacheChoice& choice,
+                                              std::size_t max_tokens) {
+  kvsparse::LayerChoice layer{choice.policy, choice.settings.options, choice.dtype, choice.dtype, {}};
+  layer.config.query_heads = model.query_heads;
+  layer.config.kv_heads = model.kv_heads;
+  layer.config.head_dim = model.head_dim;
+  layer.config.page_size = choice.page_size;
+  layer.config.read_budget_tokens = choice.settings.read_budget_tokens;
+  layer.config.max_tokens = max_tokens;
+  layer.config.rope = model.rope;
+  kvsparse::LayerSchedule schedule = kvsparse::uniform_schedule(model.layers, layer);
+  kvsparse::keep_first_layers_dense(schedule, choice.dense_layers);
+  kvsparse::set_budgets(schedule, choice.layer_budgets(model.layers));
+  return schedule;
 }
 
 /// As long as no more tokens came, the policy keeps and reads all of them in every layer, or in one.
@@ -104,7 +96,7 @@ struct CacheTotals {
   std::uint64_t shared_bytes = 0;         // resident bytes that a fork holds too
 };
 
-/// A cache refused a token or a query, e.g. a prompt too long to pin. what() names the policy.
+/// A cache refused a token or a query, e.g. a prompt too long to pin. what() names the policy and the layer.
 class CacheRefusal : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -125,10 +117,8 @@ class Decoder {
       : model_(model), tokens_kept_(tokens_kept_and_read(choice, choice.layer_budgets(model.config().layers))) {
     resize(1);
     caches_.reserve(model.config().layers);
-    for (std::size_t layer = 0; layer < model.config().layers; ++layer) {
-      caches_.push_back(make_cache(choice.layer_policy(layer), choice.dtype,
-                                   layer_config(model.config(), choice, max_tokens, layer),
-                                   choice.layer_options(layer)));
+    for (const kvsparse::LayerChoice& layer : layer_schedule(model.config(), choice, max_tokens)) {
+      caches_.push_back(make_cache(layer.policy, layer.keys, layer.config, layer.options));
     }
   }
 
@@ -369,7 +359,9 @@ class Decoder {
   }
 
   static void require(const kvsparse::AnyCache& cache, kvsparse::Status status) {
-    if (!status) throw CacheRefusal("policy " + std::string(cache.policy_name()) + ": " + status.message());
+    if (status) return;
+    throw CacheRefusal("policy " + std::string(cache.policy_name()) + " in layer " +
+                       std::to_string(cache.config().layer) + ": " + status.message());
   }
 
   static constexpr kvsparse::SerialExecutor serial_{};
