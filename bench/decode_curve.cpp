@@ -23,9 +23,7 @@ void write_files(const CurveOptions& options, const CurveReport& report) {
 }
 
 int run(const CurveOptions& options) {
-#if !defined(NDEBUG) || !defined(__OPTIMIZE__)
-  throw kvsparse_tools::UsageError("this is a debug build, whose times mean nothing; build with the preset 'release'");
-#endif
+  refuse_debug_build();
   DecodeCurve curve(options);
   const CurveReport report(options, curve);
   write_files(options, report);  // an unwritable path is found at once, and a kill leaves valid files

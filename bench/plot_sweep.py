@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each policy keeps of one trace against its budget, between the ceilings and the floor: from replay --sweep."""
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -46,20 +47,18 @@ def read_points(path):
     return {name: sorted(points) for name, points in policies.items()}
 
 
-def look_of(policy, policies):
-    if policy in LOOKS:
-        return LOOKS[policy]
-    unknown = [name for name in policies if name not in LOOKS]
-    return policy, *SPARE_LOOKS[unknown.index(policy) % len(SPARE_LOOKS)]
+def looks_of(policies):
+    spare = itertools.cycle(SPARE_LOOKS)
+    return {policy: LOOKS.get(policy) or (policy, *next(spare)) for policy in policies}
 
 
 def evicts(points):
     return any(point[3] for point in points)
 
 
-def draw_lines(axes, policies, value):
+def draw_lines(axes, policies, looks, value):
     for policy, points in policies.items():
-        label, colour, marker, filled = look_of(policy, policies)
+        label, colour, marker, filled = looks[policy]
         stands_out = policy in CEILINGS or policy == FLOOR or policy not in LOOKS
         axes.plot([point[0] for point in points], [value(point) for point in points], label=label, color=colour,
                   marker=marker, markersize=9 if marker == "*" else 6, markerfacecolor=colour if filled else "white",
@@ -89,12 +88,14 @@ def sweep(options):
     rows = [(shown, meaning) for shown, meaning in (
         (evictors, "policies that evict; budget: tokens kept per kv head"),
         (keepers, "policies that keep everything; budget: tokens read per kv head")) if not shown.keys() <= set(first)]
+    rows = rows or [(policies, "budget: tokens per kv head")]
+    looks = looks_of(policies)
     figure, panels = plt.subplots(len(rows), 2, figsize=(13, 4.7 * len(rows)), squeeze=False)
     for (shown, meaning), (kept, error) in zip(rows, panels):
         for axes, value, name in ((kept, lambda point: 100 * point[1], "dense softmax mass on the tokens read, %"),
                                   (error, lambda point: point[2] or math.nan,  # a logarithm shows no zero
                                    "mean error of a head's output,\n|out - dense| / |dense|")):
-            draw_lines(axes, shown, value)
+            draw_lines(axes, shown, looks, value)
             shade_the_gap(axes, shown, value)
             logarithmic(axes.xaxis, budgets)
             axes.set_xlabel(meaning)

@@ -17,9 +17,7 @@ namespace {
 using namespace kvsparse_bench;
 
 int run(const RooflineOptions& options) {
-#if !defined(NDEBUG) || !defined(__OPTIMIZE__)
-  throw kvsparse_tools::UsageError("this is a debug build, whose times mean nothing; build with the preset 'release'");
-#endif
+  refuse_debug_build();
   RooflineMeasurement measurement(options);
   {
     kvsparse_tools::ProgressBar progress("measuring", options.rounds);

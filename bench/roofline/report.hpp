@@ -17,17 +17,6 @@ namespace kvsparse_bench {
 /// Version of the JSON that --json writes; raised when a field changes its meaning or goes.
 inline constexpr int roofline_json_schema = 1;
 
-/// Median and range over the rounds.
-struct Spread {
-  double median, least, most;
-
-  explicit Spread(const std::vector<double>& values)
-      : median(kvsparse_bench::median(values)),
-        least(*std::min_element(values.begin(), values.end())),
-        most(*std::max_element(values.begin(), values.end())) {}
-  nlohmann::ordered_json json() const { return {{"median", median}, {"min", least}, {"max", most}}; }
-};
-
 class RooflineReport {
  public:
   using Json = nlohmann::ordered_json;
