@@ -68,7 +68,8 @@ tests_only=(-DKVSPARSE_BUILD_BENCH=OFF -DKVSPARSE_BUILD_EXAMPLES=OFF -DKVSPARSE_
 
 check dev dev
 kernels="unit_test attend_test"
-# What only clang's own optimised code and messages can show; its warnings in the other tests show under the sanitizers.
+# What only clang's own optimised code and messages can show; its warnings in most other tests show under the sanitizers, those
+# in the tools and in tests of every policy in --full alone.
 targets="$kernels 03_decode_loop policy_hooks kvsparse_bench" \
   tests="$kernels policy_hooks codegen_test compile_fail_test style_test" check clang-kernels clang -DKVSPARSE_NATIVE=OFF
 check asan-ubsan asan-ubsan "${tests_only[@]}"
