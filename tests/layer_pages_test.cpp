@@ -128,6 +128,11 @@ TEST(LayerPages, RefusesWhatACacheRefuses) {
   Blocks blocks(1);
   ASSERT_TRUE(brain.append_prompt(1, blocks).ok());
   EXPECT_EQ(brain.append_prompt(2, blocks).code(), Status::Code::max_tokens_reached);
+  for (const std::size_t tokens : {~std::size_t{0}, ~std::size_t{0} - 1}) {  // with those that came a sum would wrap
+    EXPECT_EQ(brain.check_prompt(tokens).code(), Status::Code::max_tokens_reached);
+    EXPECT_EQ(brain.check_append(tokens).code(), Status::Code::max_tokens_reached);
+    EXPECT_GT(brain.pages_to_open(tokens), std::size_t{1} << 16);
+  }
   ASSERT_TRUE(brain.append(blocks).ok());
   EXPECT_EQ(brain.append_prompt(1, blocks).code(), Status::Code::prompt_ended);
   EXPECT_EQ(brain.append(blocks).code(), Status::Code::max_tokens_reached);

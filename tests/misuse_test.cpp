@@ -57,6 +57,35 @@ struct LongMemory {
   PageIndex victim(HeadView<LongMemory> head) const { return *head.evictable_pages().begin(); }
 };
 
+/// Asks for more than any budget has, so that a sum with it wraps.
+struct Insatiable {
+  static constexpr std::string_view name = "insatiable";
+  struct Options {
+    bool pins = true;
+    void visit(auto&& field) { field("pins", pins); }
+  } options;
+  std::size_t pinned_pages(const Geometry&) const { return options.pins ? ~std::size_t{0} : 0; }
+  std::size_t slack_tokens() const { return options.pins ? 0 : ~std::size_t{0}; }
+  PageIndex victim(HeadView<Insatiable> head) const { return *head.evictable_pages().begin(); }
+  void trim(HeadView<Insatiable>, PageList&) const {}
+};
+
+TEST(Misuse, OfTraitsThatNoBudgetHolds) {
+  CacheConfig config;
+  config.head_dim = 8;
+  config.budget_tokens = 64;
+  Insatiable policy;
+  for (const std::string_view sentence : {"pages that policy insatiable pins", "which leaves no page"}) {
+    try {
+      const PagedKvCache<Insatiable> cache(config, policy);
+      ADD_FAILURE() << "not refused: " << sentence;
+    } catch (const ConfigError& error) {
+      EXPECT_NE(std::string_view(error.what()).find(sentence), std::string_view::npos) << error.what();
+    }
+    policy.options.pins = false;
+  }
+}
+
 template <class Layer>
 void expect_to_be_too_large(const CacheConfig& config) {
   const auto expect_refusal = [](auto&& make) {

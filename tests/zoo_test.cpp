@@ -125,7 +125,7 @@ Policy tova(const Run&) {
     for (auto seen = head.history.rbegin(); seen != head.history.rend(); ++seen) {
       if (seen->mass.contains(page.first)) return seen->sum(page.first);
     }
-    return std::numeric_limits<double>::infinity();
+    return 0.0;
   };
   return policy;
 }
@@ -154,10 +154,7 @@ Policy ada_kv(const Run& run, int window, double safeguard, bool pin_prompt) {
   policy.score = [=](const Run& at, int h, const Page& page) {
     const Head& head = at.heads[static_cast<std::size_t>(h)];
     const bool holds_a_newest_token = at.t - page.end() < window;
-    const bool was_read = std::any_of(head.history.begin(), head.history.end(),
-                                      [&](const Seen& seen) { return seen.mass.contains(page.first); });
-    return holds_a_newest_token || !was_read ? std::numeric_limits<double>::infinity()
-                                             : mean_mass(at, head, page, window);
+    return holds_a_newest_token ? std::numeric_limits<double>::infinity() : mean_mass(at, head, page, window);
   };
   return policy;
 }

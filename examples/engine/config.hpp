@@ -147,6 +147,10 @@ inline ModelConfig load_model_config(const std::filesystem::path& directory) {
   config.hidden_size = fields.required_size("hidden_size");
   config.intermediate_size = fields.required_size("intermediate_size");
   config.layers = fields.required_size("num_hidden_layers");
+  constexpr std::size_t most_layers = 1 << 16;  // far beyond any model; each takes memory before weights are looked for
+  if (config.layers > most_layers) {
+    fields.fail("num_hidden_layers " + std::to_string(config.layers) + " exceeds " + std::to_string(most_layers));
+  }
   config.query_heads = fields.required_size("num_attention_heads");
   config.kv_heads = fields.size("num_key_value_heads").value_or(config.query_heads);
   if (config.query_heads % config.kv_heads != 0) {

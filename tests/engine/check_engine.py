@@ -301,6 +301,7 @@ def check_refusals(binary, root, config):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 65537}, "num_hidden_layers"),
         ({"hidden_size": 56}, "shape"),
         ({"hidden_size": -48}, "hidden_size"),
         ({"hidden_size": 48.5}, "hidden_size"),

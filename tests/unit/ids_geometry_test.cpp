@@ -57,6 +57,16 @@ TEST(Geometry, PageBoundariesAreHalfOpen) {
   }
 }
 
+TEST(Sizes, AreDividedUpWhateverTheirSize) {
+  constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+  EXPECT_EQ(divide_up(0, 16), 0U);
+  EXPECT_EQ(divide_up(1, 16), 1U);
+  EXPECT_EQ(divide_up(16, 16), 1U);
+  EXPECT_EQ(divide_up(17, 16), 2U);
+  EXPECT_EQ(divide_up(most, 1), most);
+  EXPECT_EQ(divide_up(most, 16), most / 16 + 1);
+}
+
 TEST(Sizes, SumsAndProductsAreExactOrTheLargest) {
   constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
   constexpr int bits = std::numeric_limits<std::size_t>::digits;

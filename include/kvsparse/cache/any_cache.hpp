@@ -80,7 +80,7 @@ class AnyCache {
     detail::visit_policy<List>(policy, [&]<class Policy>() {
       const Policy set = with_options(Policy{}, settings);
       with_scalar<Policy, Scalars...>(scalar, [&]<class Scalar>() {
-        bytes = sizeof(Model<Policy, Scalar>) + PagedKvCache<Policy, Scalar>::bytes_required(config, set);
+        bytes = PagedKvCache<Policy, Scalar>::bytes_required(config, set) + sizeof(Model<Policy, Scalar>);
       });
     });
     return bytes;

@@ -112,10 +112,10 @@ inline std::string quoted(std::size_t value) { return std::to_string(value); }
 
 [[noreturn]] inline void refuse(const std::string& sentence) { KVSPARSE_THROW(ConfigError(sentence)); }
 
-/// The bytes that a cache of the plan takes beside its pages. Throws ConfigError if they cannot be addressed.
+/// The bytes that a cache of the plan takes. Throws ConfigError if they cannot be addressed.
 inline std::size_t addressable(SaturatingSize bytes, const CachePlan& plan) {
   if (bytes <= most_bytes) return bytes;
-  refuse("tables, state and scratch of " + quoted(plan.geometry.kv_heads) + " kv heads and " +
+  refuse("pages, tables, state and scratch of " + quoted(plan.geometry.kv_heads) + " kv heads and " +
          quoted(plan.geometry.query_heads) + " query heads of " + quoted(plan.geometry.head_dim) +
          " elements, for up to " + quoted(plan.table_pages()) + " pages of " + quoted(plan.geometry.page_size) +
          " tokens a head and max_speculative = " + quoted(plan.max_speculative) + ", exceed the " + most_bytes_text +
@@ -189,11 +189,11 @@ CachePlan plan_cache(const CacheConfig& config, const Policy& policy) {
             std::max(plan.page_budget, plan.geometry.pages_for(config.max_prompt_tokens) + plan.decode_pages);
       }
     }
-    if (plan.page_budget < plan.sink_pages + plan.decode_pages) {
+    if (SaturatingSize(plan.sink_pages) + plan.decode_pages > plan.page_budget) {
       refuse("the budget of " + quoted(plan.page_budget) + " pages is smaller than the " + quoted(plan.sink_pages) +
              " pages that policy " + name + " pins plus " + quoted(plan.decode_pages) + " to decode in");
     }
-    if (traits::slack_tokens(policy) + config.page_size > config.budget_tokens) {
+    if (SaturatingSize(traits::slack_tokens(policy)) + config.page_size > config.budget_tokens) {
       refuse("policy " + name + " aims " + quoted(traits::slack_tokens(policy)) + " tokens below the budget of " +
              quoted(config.budget_tokens) + ", which leaves no page");
     }

@@ -63,9 +63,9 @@ class LayerDrafts : public LayerPages<Policy> {
 
   /// Whether so many more drafts may come; changes nothing.
   Status check_drafts(std::size_t tokens) const noexcept {
-    if (drafts_ + tokens > this->config_.max_speculative) {
-      return {Status::Code::too_many_drafts, drafts_ + tokens, this->config_.max_speculative};
-    }
+    const std::size_t drafts = SaturatingSize(tokens) + drafts_;
+    const std::size_t most = this->config_.max_speculative;
+    if (drafts > most) return {Status::Code::too_many_drafts, drafts, most};
     return Pages::check_room(tokens);
   }
   /// Whether the evidence of so many more queries can be kept until the drafts are settled.

@@ -96,7 +96,7 @@ class LayerPages : public LayerHeads<Policy> {
   }
   /// Pages that each head opens for so many more tokens.
   std::size_t pages_to_open(std::size_t tokens) const {
-    return geometry().pages_for(next_index() + tokens) - geometry().pages_for(next_index());
+    return geometry().pages_for(SaturatingSize(tokens) + next_index()) - geometry().pages_for(next_index());
   }
 
   /// One more token in every head, if check_append() says so. The first ends the prompt.
@@ -263,16 +263,15 @@ class LayerPages : public LayerHeads<Policy> {
 
   Status check_room([[maybe_unused]] std::size_t tokens) const {
     if constexpr (!Evictor<Policy>) {
-      if (next_index() + tokens > config_.max_tokens) {
-        return {Status::Code::max_tokens_reached, next_index() + tokens, config_.max_tokens};
-      }
+      const std::size_t length = SaturatingSize(tokens) + next_index();
+      if (length > config_.max_tokens) return {Status::Code::max_tokens_reached, length, config_.max_tokens};
     }
     return {};
   }
   /// Pages that can never be victims once so many more tokens of the prompt came; 0 where the prompt gives way.
   std::size_t pages_pinned_by(std::size_t tokens) const {
     if (!traits::pin_prompt(policy_) || config_.prompt_overflow == PromptOverflow::unpin_middle) return 0;
-    return std::max(sink_pages_, geometry().pages_for(prompt_tokens_ + tokens));
+    return std::max(sink_pages_, geometry().pages_for(SaturatingSize(tokens) + prompt_tokens_));
   }
 
   static HeadView<Policy> victim_view(void* pages, std::size_t kv_head) {

@@ -83,8 +83,8 @@ class PagedKvCache : private LayerDrafts<Policy> {
   /// Bytes that construction without a pool allocates. Throws ConfigError like the constructor.
   static std::size_t bytes_required(const CacheConfig& config, const Policy& policy = {}) {
     const detail::CachePlan plan = detail::plan_cache(config, policy);
-    return bytes_required_beside_pool(config, policy) +
-           Pool::bytes_required(plan.geometry, traits::page_summary(policy), plan.layer_pages());
+    const SaturatingSize pool = Pool::bytes_required(plan.geometry, traits::page_summary(policy), plan.layer_pages());
+    return detail::addressable(pool + bytes_required_beside_pool(config, policy), plan);
   }
   /// Bytes that construction over a pool allocates: tables, policy state, working memory of a query.
   static std::size_t bytes_required_beside_pool(const CacheConfig& config, const Policy& policy = {}) {

@@ -63,6 +63,10 @@ class SequenceCache {
   static std::size_t bytes_required(std::span<const CacheConfig> layers, const Policy& policy) {
     SaturatingSize bytes = layers.size() * sizeof(Cache);
     for (const CacheConfig& layer : layers) bytes = bytes + Cache::bytes_required(layer, policy);
+    if (bytes > most_bytes) {
+      detail::refuse("the caches of " + detail::quoted(layers.size()) + " layers exceed the " + most_bytes_text +
+                     " bytes that can be addressed");
+    }
     return bytes;
   }
 

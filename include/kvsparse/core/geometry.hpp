@@ -10,7 +10,9 @@
 namespace kvsparse {
 
 /// value / step rounded up; step > 0.
-constexpr std::size_t divide_up(std::size_t value, std::size_t step) { return (value + step - 1) / step; }
+constexpr std::size_t divide_up(std::size_t value, std::size_t step) {
+  return value / step + (value % step == 0 ? 0 : 1);
+}
 /// The smallest multiple of step that is not below value; step > 0.
 constexpr std::size_t round_up(std::size_t value, std::size_t step) { return divide_up(value, step) * step; }
 
