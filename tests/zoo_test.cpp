@@ -13,6 +13,7 @@
 
 #include "support/naive_zoo.hpp"
 #include "support/random_trace.hpp"
+#include "support/rows.hpp"
 #include "support/zoo_cache.hpp"
 
 namespace kvsparse_test {
@@ -720,6 +721,35 @@ TEST_P(ZooOracle, FollowsItsFormulaThroughManyEvictions) {
   compare(milestone_trace({400, 4, 2, 32, 21}, 5), 4, 14, 5, ScalarType::f32, tally);
   if (HasFatalFailure()) return;
   expect_meaningful(tally);
+}
+
+/// A chunk of a prompt that evicts for itself before its queries attend: none of its pages may count as unwanted.
+TEST(UnseenPages, OfALongPromptOutlastWhatQueriesHaveSeen) {
+  CacheConfig config;
+  config.query_heads = 4;
+  config.kv_heads = 2;
+  config.head_dim = 8;
+  config.page_size = 2;
+  config.budget_tokens = 16;
+  constexpr std::size_t seen = 14, chunk = 21;
+  const Rows rows(seen + chunk, config, 3);
+  for (const std::string policy : {"tova", "ada_kv"}) {
+    Settings settings;
+    if (policy == "ada_kv") settings.push_back({"window", "1"});  // no other page stays for being new
+    kvsparse::AnyCache cache = kvsparse_test::zoo_cache(policy, ScalarType::f32, config, settings);
+    std::vector<float> out(4 * 8);
+    for (std::size_t t = 0; t < seen; ++t) {
+      ASSERT_TRUE(cache.append_prompt(rows.token_k(t), rows.token_v(t)).ok());
+      ASSERT_TRUE(cache.attend(rows.token_q(t), out).ok());
+    }
+    const auto of_chunk = [&](const std::vector<float>& all) { return std::span(all).subspan(seen * 2 * 8); };
+    ASSERT_TRUE(cache.append_prompt(of_chunk(rows.k), of_chunk(rows.v)).ok());
+    for (std::size_t h = 0; h < config.kv_heads; ++h) {
+      const auto kept = cache.resident_positions(h);
+      ASSERT_FALSE(kept.empty());
+      for (const auto position : kept) EXPECT_GE(position.value, static_cast<std::int64_t>(seen)) << policy;
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ZooOracle, testing::ValuesIn(zoo_cases()),

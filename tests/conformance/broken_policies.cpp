@@ -42,6 +42,8 @@ enum class Fault {
   names_an_option_oddly,
   misspells_victim,
   misspells_select,
+  misspells_beside_rows,
+  misspells_beside_state,
 };
 
 /// Evicts the lowest mass, reads the newest pages, pins the first; and has a fault.
@@ -164,6 +166,8 @@ const std::map<std::string, std::pair<Fault, std::string_view>> faults = {
     {"names_an_option_oddly", {Fault::names_an_option_oddly, "HasANameAndOptionsThatReadBack"}},
     {"misspells_victim", {Fault::misspells_victim, "DecidesIfItWatches"}},
     {"misspells_select", {Fault::misspells_select, "DecidesIfItWatches"}},
+    {"misspells_beside_rows", {Fault::misspells_beside_rows, "DecidesIfItWatches"}},
+    {"misspells_beside_state", {Fault::misspells_beside_state, "DecidesIfItWatches"}},
 };
 
 // These faults take types of their own: what they leave out is a verb.
@@ -197,6 +201,24 @@ struct MisspeltSelector {
     selection.add_all();
   }
 };
+struct MisspeltReader {
+  static constexpr std::string_view name = "misspelt_reader";
+  static constexpr bool reads_rows = true;
+  struct Options {
+    Fault fault = Fault::misspells_beside_rows;
+    void visit(auto&&) {}
+  } options;
+};
+struct MisspeltCounter {
+  static constexpr std::string_view name = "misspelt_counter";
+  struct Options {
+    Fault fault = Fault::misspells_beside_state;
+    void visit(auto&&) {}
+  } options;
+  struct HeadState {
+    std::uint64_t tokens = 0;
+  };
+};
 template <class Policy>
 struct Of {
   static Policy policy() { return {}; }
@@ -221,7 +243,7 @@ using Faults =
                    With<Fault::allocates>, With<Fault::throws>, With<Fault::counts_in_a_global>,
                    With<Fault::counts_in_itself>, With<Fault::knows_the_other_head>, With<Fault::holds_a_pointer>,
                    With<Fault::names_an_option_twice>, With<Fault::names_an_option_oddly>, Of<Misspelt>,
-                   Of<MisspeltSelector>>;
+                   Of<MisspeltSelector>, Of<MisspeltReader>, Of<MisspeltCounter>>;
 INSTANTIATE_TYPED_TEST_SUITE_P(Faults, PolicyConformance, Faults, NameOfFault);
 
 namespace {

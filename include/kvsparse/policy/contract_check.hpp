@@ -22,7 +22,8 @@
 //   the first, second part of Compose must ...   an evictor comes first, a selector second        swap them, or take others
 //
 // P is your policy. An error without such a sentence lies in a verb's own body. No error at all, and yet no effect: a verb under
-// a name that nobody calls. Where a policy that observes decides nothing therefore, the conformance suite says so.
+// a name that nobody calls. Where a policy that observes, remembers or asks for anything decides nothing therefore, the conformance
+// suite says so; one that has nothing but a misspelt verb cannot be told from Dense.
 //
 // The container's template parameter is left plain on purpose: a constrained one would make the compiler print the concept
 // instead of the sentence.

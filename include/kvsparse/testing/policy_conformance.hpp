@@ -150,13 +150,14 @@ TYPED_TEST_P(PolicyConformance, DecidesIfItWatches) {
   using P = typename conformance::Subject<TypeParam>::Policy;
   const auto policy = conformance::Subject<TypeParam>::policy();
   constexpr bool decides = Evictor<P> || Selector<P>;
-  constexpr bool listens = Observer<P> || StepObserver<P> || AppendListener<P> || PageOpenListener<P> ||
-                           PageFullListener<P> || PromptEndListener<P> || ClearListener<P> || EvictListener<P>;
+  constexpr bool listens = Observer<P> || AppendListener<P> || PageOpenListener<P> || PageFullListener<P> ||
+                           PromptEndListener<P> || ClearListener<P> || EvictListener<P>;
   constexpr bool remembers =
       !std::is_empty_v<PageState<P>> || !std::is_empty_v<HeadState<P>> || !std::is_empty_v<LayerState<P>>;
-  constexpr bool says_how = Pinner<P> || ResidualProvider<P> || traits::reads_rows<P>() ||
-                            traits::granularity<P>() == PolicyGranularity::token || traits::select_always<P>();
-  const bool asks = traits::page_summary(policy) != PageSummary::none || traits::query_window(policy) > 0;
+  constexpr bool says_how = Pinner<P> || ResidualProvider<P> || UseCounter<P> || traits::select_always<P>() ||
+                            traits::granularity<P>() == PolicyGranularity::token;
+  const bool asks = traits::reads_rows<P>() || traits::knows_logits<P>() || traits::in_cache_positions(policy) ||
+                    traits::page_summary(policy) != PageSummary::none || traits::query_window(policy) > 0;
   EXPECT_TRUE(decides || !(listens || remembers || says_how || asks))
       << "policy " << P::name << " has neither victim nor select, so all is kept and read as under Dense: is the name "
       << "of a verb misspelt?";
