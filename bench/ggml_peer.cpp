@@ -185,9 +185,11 @@ double step_seconds(Attention& attention, std::size_t steps) {
   return median(seconds);
 }
 
-/// Both answer the same question: to the rounding of what is stored, |ours - theirs| / |ours|. Outputs are means over
-/// all tokens and small, so a difference says nothing by itself.
-void require_the_same(std::span<const float> ours, std::span<const float> theirs, const std::string& what) {
+/// Both answer the same question. Outputs are means over all tokens and small, so it is |ours - theirs| / |ours| that
+/// says something: 1.4 if they have nothing to do with each other. ggml sums f16 values in f16 and makes q8_0 of the
+/// weights beside such values, so that its own rounding grows with the root of the tokens, to .08 at 65536.
+void require_the_same(std::span<const float> ours, std::span<const float> theirs, std::size_t tokens,
+                      const std::string& what) {
   double difference = 0.0, size = 0.0;
   for (std::size_t i = 0; i < ours.size(); ++i) {
     const double value = static_cast<double>(ours[i]);
@@ -195,7 +197,8 @@ void require_the_same(std::span<const float> ours, std::span<const float> theirs
     size += value * value;
   }
   const double relative = std::sqrt(difference / size);
-  if (!(relative < 0.02)) throw std::runtime_error(what + " differs from kvsparse by " + std::to_string(relative));
+  const double most = 0.005 + 0.0005 * std::sqrt(static_cast<double>(tokens));
+  if (!(relative < most)) throw std::runtime_error(what + " differs from kvsparse by " + std::to_string(relative));
 }
 
 std::string ratio_text(const std::vector<double>& ratios) {
@@ -229,8 +232,8 @@ std::vector<std::string> compare(ggml_type type, std::size_t tokens, std::size_t
     three_ratios.push_back(three_time / our_time);
   }
   if (our_seconds.empty()) return {};
-  require_the_same(ours.out(), flash.out(), "ggml_flash_attn_ext");
-  require_the_same(ours.out(), three.out(), "mul_mat, soft_max, mul_mat");
+  require_the_same(ours.out(), flash.out(), tokens, "ggml_flash_attn_ext");
+  require_the_same(ours.out(), three.out(), tokens, "mul_mat, soft_max, mul_mat");
   return {fixed_text(median(our_seconds) * 1e6, 0), ratio_text(flash_ratios), ratio_text(three_ratios)};
 }
 
@@ -265,7 +268,7 @@ int run(const PeerOptions& options) {
   std::cout << "\nMedians of " << options.rounds << " rounds, in brackets their range; " << shape.query_heads
             << " query heads, " << shape.kv_heads << " kv heads, head_dim " << shape.head_dim << ".\n";
   if (rival.disturbed_rounds() > 0) {
-    std::cout << rival.sentence() << "; of each row as many as " << options.rounds << " were repeated\n";
+    std::cout << rival.sentence() << "; of each row at most " << options.rounds << " were repeated\n";
   }
   return 0;
 }

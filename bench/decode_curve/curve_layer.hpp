@@ -136,21 +136,15 @@ class MeasuredLayer {
   double resident_growth_ = 0.0;
 };
 
-/// Calls visit.template operator()<Policy>() for the policy of that name.
+/// Those that there are curves of.
+using CurvePolicies =
+    kvsparse::PolicyList<kvsparse::Dense, kvsparse::Quest, kvsparse::StreamingLlm, kvsparse::H2o, kvsparse::Raas,
+                         kvsparse::Kindred, kvsparse::Random, kvsparse::Compose<kvsparse::Raas, kvsparse::Quest>>;
+
+/// Calls visit.template operator()<Policy>() for the one of that name.
 template <class Visit>
 void visit_policy(const std::string& name, Visit&& visit) {
-  using namespace kvsparse;
-  const auto try_policy = [&]<class Policy>() {
-    if (Policy::name == name) visit.template operator()<Policy>();
-  };
-  try_policy.template operator()<Dense>();
-  try_policy.template operator()<Quest>();
-  try_policy.template operator()<StreamingLlm>();
-  try_policy.template operator()<H2o>();
-  try_policy.template operator()<Raas>();
-  try_policy.template operator()<Kindred>();
-  try_policy.template operator()<kvsparse::Random>();
-  try_policy.template operator()<Compose<Raas, Quest>>();
+  kvsparse::detail::visit_policy<CurvePolicies>(name, visit);
 }
 
 }  // namespace kvsparse_bench

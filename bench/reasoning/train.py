@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the LemmaChain models from nothing, one after another, and writes them as Hugging Face directories.
 
-    bench/reasoning/train.py --generator build/release/bench/generate_problems --output build/trained --seeds 1,2,3
+    bench/reasoning/train.py --generator build/reasoning/bench/generate_problems --output build/trained --seeds 1,2,3
 
 Needs Debian's python3-torch and libopenblas0-pthread (without the latter a matrix product takes eight times as long).
 Three plain phases over growing chains (stage A) give the `plain` model; stages B and C go on from it to `main`, and a
