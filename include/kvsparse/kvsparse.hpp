@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The umbrella: policies, cache, attention. Beside it: cache/any_cache.hpp, to choose a policy by name at run time, and
-// interop/, where executors for threads are.
+// The umbrella: the policies that most are compared with, cache, attention. Beside it: the other policies in policy/,
+// cache/any_cache.hpp, to choose one by name at run time, and interop/, where executors for threads are.
 #pragma once
 
 #include "attention/exact.hpp"
