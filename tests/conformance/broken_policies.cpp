@@ -171,13 +171,15 @@ const std::map<std::string, std::pair<Fault, std::string_view>> faults = {
 };
 
 // These faults take types of their own: what they leave out is a verb.
+template <Fault F>
+struct OnlyFault {
+  Fault fault = F;
+  void visit(auto&&) {}
+};
 struct Misspelt {
   static constexpr std::string_view name = "misspelt";
   static constexpr EvidenceKind evidence = EvidenceKind::page_mass;
-  struct Options {
-    Fault fault = Fault::misspells_victim;
-    void visit(auto&&) {}
-  } options;
+  OnlyFault<Fault::misspells_victim> options;
   struct PageState {
     float mass = 0.0F;
   };
@@ -192,10 +194,7 @@ struct Misspelt {
 struct MisspeltSelector {
   static constexpr std::string_view name = "misspelt_selector";
   static constexpr PageSummary page_summary = PageSummary::min_max;
-  struct Options {
-    Fault fault = Fault::misspells_select;
-    void visit(auto&&) {}
-  } options;
+  OnlyFault<Fault::misspells_select> options;
   void selekt(HeadView<MisspeltSelector> head, QueryGroup queries, Selection& selection) const {
     head.upper_bounds(queries, head.scratch().first(head.size() * queries.size));
     selection.add_all();
@@ -204,17 +203,11 @@ struct MisspeltSelector {
 struct MisspeltReader {
   static constexpr std::string_view name = "misspelt_reader";
   static constexpr bool reads_rows = true;
-  struct Options {
-    Fault fault = Fault::misspells_beside_rows;
-    void visit(auto&&) {}
-  } options;
+  OnlyFault<Fault::misspells_beside_rows> options;
 };
 struct MisspeltCounter {
   static constexpr std::string_view name = "misspelt_counter";
-  struct Options {
-    Fault fault = Fault::misspells_beside_state;
-    void visit(auto&&) {}
-  } options;
+  OnlyFault<Fault::misspells_beside_state> options;
   struct HeadState {
     std::uint64_t tokens = 0;
   };

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "support/refusal.hpp"
+
 namespace kvsparse {
 namespace {
 
@@ -139,13 +141,8 @@ TEST(PagePool, IsNeverLargerThanTheBytesItMayHave) {
 }
 
 TEST(PagePool, OfShapesAndSizesThatDoNotFitIsRefused) {
-  const auto refusal = [](const Geometry& shape, std::size_t pages) -> std::string {
-    try {
-      static_cast<void>(PagePool<float>(shape, PageSummary::none, pages));
-    } catch (const ConfigError& error) {
-      return error.what();
-    }
-    return "not refused";
+  const auto refusal = [](const Geometry& shape, std::size_t pages) {
+    return kvsparse_test::refusal([&] { PagePool<float>(shape, PageSummary::none, pages); });
   };
   constexpr std::size_t too_wide = (std::size_t{1} << 20) + 1;
   EXPECT_EQ(refusal({1, 1, 8, 257}, 1), "a pool's page_size = 257 exceeds 256");
